@@ -26,12 +26,17 @@ import astropy.units as u
 import numpy as np
 from astropy.table import Table
 from astropy.wcs import WCS
-
 from lsst.daf.butler import Butler, DatasetType
 from lsst.images import YX, Box, Image, Mask, MaskPlane, MaskSchema, SkyProjection, TractFrame
 from lsst.images import get_legacy_deep_coadd_mask_planes as deep_coadd_mask_planes
-from lsst.images.cells import CellCoadd, CellGrid, CellGridBounds, CellIJ, CellPointSpreadFunction
-from lsst.images.cells import PatchDefinition
+from lsst.images.cells import (
+    CellCoadd,
+    CellGrid,
+    CellGridBounds,
+    CellIJ,
+    CellPointSpreadFunction,
+    PatchDefinition,
+)
 from lsst.sphgeom import ConvexPolygon, LonLat, UnitVector3d
 
 INSTRUMENT = "VaeDeblendCam"
@@ -323,9 +328,7 @@ class CoaddRepository:
                 coadd = self.make_coadd(patch, band, image[b], variance[b], psf[b], own, unit=unit)
                 butler.put(coadd, self.coadd_dataset, self.data_id(patch, band=band))
 
-    def put_peaks(
-        self, patch: int, x: np.ndarray, y: np.ndarray, parent: np.ndarray | None = None
-    ) -> None:
+    def put_peaks(self, patch: int, x: np.ndarray, y: np.ndarray, parent: np.ndarray | None = None) -> None:
         """Store the optional peak table of one patch.
 
         Parameters
