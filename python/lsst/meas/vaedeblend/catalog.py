@@ -1,0 +1,234 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Columns, units and flags of the output tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .models import ParentSummary, SourceModels
+from .psf import adaptive_moments
+
+if TYPE_CHECKING:
+    from astropy.table import Table
+
+__all__ = [
+    "FLAGS",
+    "PARENT_FLAGS",
+    "SOURCE_FLAGS",
+    "Sky",
+    "models_table",
+    "object_table",
+    "parent_table",
+    "reference_band",
+]
+
+SOURCE_FLAGS: dict[str, str] = {
+    "edge": "The peak is close to the border of the image or to pixels too close to the edge for detection",
+    "masked_centre": "The pixel of the peak is masked in a band",
+    "peak_outside": "The peak lies outside the image; there is no model",
+    "masked": "The parent has no valid pixel; there is no model",
+    "too_many_peaks": "The parent has more peaks than allowed and this one is not among the brightest: no model",
+    "not_finite": "The network's output was not finite, or empty",
+    "fallback": "No model from the network: a point source and its share of what the image holds instead",
+    "no_psf": "A PSF is missing here and that of the nearest cell was used, or its band has none",
+    "missing_band": "A band has no valid pixel under the model, or no PSF; its flux is NaN",
+    "outside_training_range": "Noise or seeing is outside the range the network was trained on",
+    "insignificant": "Removing the source would raise chi-square by less than its parameters cost",
+    "no_convergence": "Its parent reached the iteration limit",
+}
+"""Flags of sources: name to meaning."""
+
+PARENT_FLAGS: dict[str, str] = {
+    "masked": "No pixel of the footprint is valid; nothing was deblended",
+    "parent_too_big": "The footprint's bounding box is larger than the network's cutout",
+    "too_many_peaks": "There are more peaks than allowed; only the brightest were deblended",
+    "no_convergence": "The iteration limit came before the fluxes settled or new peaks ran out",
+    "incomplete_data": "Some pixels of the footprint are not valid in every band",
+    "failed_source": "A source has no model from the network",
+    "no_peak": "No peak was given and none was significant: the maximum was taken",
+}
+"""Flags of parents: name to meaning."""
+
+FLAGS: dict[str, str] = {**PARENT_FLAGS, **SOURCE_FLAGS}
+"""All flags: name to meaning. Columns are called ``deblend_flag_`` and the name."""
+
+Sky = Callable[[NDArray[np.float64], NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""A sky projection: tract pixels (x, y) to right ascension and declination, degree."""
+
+
+def reference_band(bands: Sequence[str]) -> str:
+    """Choose the band in which shapes are measured.
+
+    Parameters
+    ----------
+    bands : `~collections.abc.Sequence` [`str`]
+        Bands there are.
+
+    Returns
+    -------
+    band : `str`
+        r or i, where galaxies are measured best from the ground, or else the middle one.
+    """
+    return next((band for band in ("r", "i") if band in bands), bands[len(bands) // 2])
+
+
+def _table(columns: list[tuple[str, NDArray, str, str]]) -> Table:
+    """Make a table of (name, values, unit, description); the unit is "" where there is none."""
+    from astropy import units as u
+    from astropy.table import Column, Table
+
+    return Table([Column(d, name=k, unit=u.Unit(unit), description=doc) for k, d, unit, doc in columns])
+
+
+def object_table(
+    sources: SourceModels, parents: ParentSummary, sky: Sky | None = None, band: str | None = None
+) -> Table:
+    """Make the catalogue of deblended objects.
+
+    Parameters
+    ----------
+    sources : `SourceModels`
+        The sources.
+    parents : `ParentSummary`
+        Their parents.
+    sky : callable, optional
+        Takes arrays of tract pixels x, y to arrays of right ascension and declination, degree. Without it there
+        are no coordinates on the sky.
+    band : `str`, optional
+        Band in which shapes are measured, by default that of `reference_band`.
+
+    Returns
+    -------
+    table : `astropy.table.Table`
+        One row per source, every column with unit and description.
+
+    Raises
+    ------
+    ValueError
+        Raised if the sources have no such band, or a source's parent is not among the parents.
+    """
+    n, (y0, x0) = len(sources), sources.origin
+    band = reference_band(sources.bands) if band is None else band
+    if band not in sources.bands:
+        raise ValueError(f"The sources have bands {list(sources.bands)}, none is {band!r}.")
+    row = {int(number): i for i, number in enumerate(parents.id)}
+    lost = sorted(set(sources.parent.tolist()) - set(row))
+    if lost:
+        raise ValueError(f"The parents {lost} of some sources are not among the {len(parents)} parents.")
+    of_parent = np.array([row[int(number)] for number in sources.parent], dtype=np.int64)
+    x, y = sources.x + x0, sources.y + y0
+    columns: list[tuple[str, NDArray, str, str]] = [
+        ("id", sources.id, "", "Identifier of the object"),
+        ("parent", sources.parent, "", "Identifier of its parent"),
+        ("x", x, "pix", "Centroid of the model, tract pixel column"),
+        ("y", y, "pix", "Centroid of the model, tract pixel row"),
+    ]
+    if sky is not None:
+        ra, dec = sky(x, y)
+        columns += [
+            ("coord_ra", np.asarray(ra, float), "deg", "Right ascension of the centroid (ICRS)"),
+            ("coord_dec", np.asarray(dec, float), "deg", "Declination of the centroid (ICRS)"),
+        ]
+    for i, name in enumerate(sources.bands):
+        columns += [
+            (f"{name}_flux", sources.flux[:, i], "nJy", f"Flux of the model in {name}, solved with its siblings"),
+            (f"{name}_fluxErr", sources.flux_err[:, i], "nJy", f"Standard deviation of the flux in {name}"),
+            (f"{name}_fluxNetwork", sources.flux_network[:, i], "nJy", f"Flux that the network itself gave in {name}"),
+        ]
+    moments = adaptive_moments(sources.model_frame[:, sources.bands.index(band)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        size = moments[:, 0] + moments[:, 1]
+        e1, e2 = (moments[:, 0] - moments[:, 1]) / size, 2 * moments[:, 2] / size
+    where = f"of the model in {band}, in the network's frame"
+    posterior = sources.latent_sigma.astype(float)
+    columns += [
+        ("shape_xx", moments[:, 0], "pix2", f"Adaptive second moment Ixx {where}"),
+        ("shape_yy", moments[:, 1], "pix2", f"Adaptive second moment Iyy {where}"),
+        ("shape_xy", moments[:, 2], "pix2", f"Adaptive second moment Ixy {where}"),
+        ("shape_e1", e1, "", f"Ellipticity (Ixx - Iyy) / (Ixx + Iyy) {where}"),
+        ("shape_e2", e2, "", f"Ellipticity 2 Ixy / (Ixx + Iyy) {where}"),
+        ("deblend_posteriorWidth", posterior.mean(axis=1), "", "Mean width of the posterior over the latents"),
+        ("deblend_posteriorWidthMax", posterior.max(axis=1, initial=0), "", "Largest width of the posterior"),
+        ("deblend_peak_center_x", sources.peak_x + x0, "pix", "The peak, tract pixel column"),
+        ("deblend_peak_center_y", sources.peak_y + y0, "pix", "The peak, tract pixel row"),
+        ("deblend_iteration", sources.iteration, "", "Iteration that accepted the source; 0 for first peaks"),
+        ("deblend_iterations", parents.iterations[of_parent], "", "Times the parent went through the network"),
+        ("deblend_nPeaks", parents.n_peaks[of_parent], "", "Peaks that the parent started from"),
+        ("deblend_nChild", parents.n_child[of_parent], "", "Sources that the parent has"),
+        ("deblend_chi2", sources.chi2, "", "Mean of squared residual over variance, weighted with the model"),
+        ("deblend_blendedness", sources.blendedness, "", "1 - sum(I_i^2) / sum(I_tot I_i) over the models"),
+        ("deblend_dataCoverage", sources.data_coverage, "", "Part of the model's flux on valid pixels"),
+    ]
+    for name, doc in SOURCE_FLAGS.items():
+        value = sources.flags.get(name, np.zeros(n, dtype=bool))
+        columns.append((f"deblend_flag_{name}", value, "", doc))
+    return _table(columns)
+
+
+def parent_table(parents: ParentSummary, sky: Sky | None = None) -> Table:
+    """Make the catalogue of parents.
+
+    Parameters
+    ----------
+    parents : `ParentSummary`
+        The parents.
+    sky : callable, optional
+        Takes arrays of tract pixels x, y to arrays of right ascension and declination, degree.
+
+    Returns
+    -------
+    table : `astropy.table.Table`
+        One row per parent, every column with unit and description.
+    """
+    n, (y0, x0) = len(parents), parents.origin
+    x = parents.x0 + x0 + (parents.width - 1) / 2.0
+    y = parents.y0 + y0 + (parents.height - 1) / 2.0
+    columns: list[tuple[str, NDArray, str, str]] = [
+        ("id", parents.id, "", "Identifier of the parent"),
+        ("x", x, "pix", "Middle of the footprint's bounding box, tract pixel column"),
+        ("y", y, "pix", "Middle of the footprint's bounding box, tract pixel row"),
+    ]
+    if sky is not None:
+        ra, dec = sky(x, y)
+        columns += [
+            ("coord_ra", np.asarray(ra, float), "deg", "Right ascension of that position (ICRS)"),
+            ("coord_dec", np.asarray(dec, float), "deg", "Declination of that position (ICRS)"),
+        ]
+    columns += [
+        ("bbox_x0", parents.x0 + x0, "pix", "First tract pixel column of the bounding box"),
+        ("bbox_y0", parents.y0 + y0, "pix", "First tract pixel row of the bounding box"),
+        ("bbox_width", parents.width, "pix", "Width of the bounding box"),
+        ("bbox_height", parents.height, "pix", "Height of the bounding box"),
+        ("area", parents.area, "pix2", "Area of the footprint"),
+        ("deblend_nPeaks", parents.n_peaks, "", "Peaks that were given, or found to start from"),
+        ("deblend_nChild", parents.n_child, "", "Sources it has"),
+        ("deblend_iterations", parents.iterations, "", "Times its members went through the network"),
+        ("deblend_nPixels", parents.n_pixels, "", "Valid pixels of the footprint, summed over bands"),
+        ("deblend_chi2_start", parents.chi2_start, "", "Sum over them of squared image over variance"),
+        ("deblend_chi2", parents.chi2, "", "Sum over them of squared residual over variance"),
+    ]
+    for name, doc in PARENT_FLAGS.items():
+        value = parents.flags.get(name, np.zeros(n, dtype=bool))
+        columns.append((f"deblend_flag_{name}", value, "", doc))
+    return _table(columns)
+
+
+def models_table(sources: SourceModels) -> Table:
+    """Make the table from which the models can be rendered again.
+
+    Parameters
+    ----------
+    sources : `SourceModels`
+        The sources.
+
+    Returns
+    -------
+    table : `astropy.table.Table`
+        One row per source, every column with unit and description; see `SourceModels.to_table`.
+    """
+    return sources.to_table()
