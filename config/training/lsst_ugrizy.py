@@ -5,5 +5,5 @@
 config.name = "lsst_ugrizy"  # noqa: F821
 config.survey = "LSST"  # noqa: F821
 config.bands = ["u", "g", "r", "i", "z", "y"]  # noqa: F821
-config.prior.samples = 250_000  # noqa: F821
-config.deblender.samples = 550_000  # noqa: F821
+config.prior.samples = 140_000  # noqa: F821
+config.deblender.samples = 450_000  # noqa: F821

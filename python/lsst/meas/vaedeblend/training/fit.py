@@ -1,0 +1,299 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The two steps of the training, run by lightning."""
+
+from __future__ import annotations
+
+__all__ = ["SceneData", "VaeModule", "fit_step", "train"]
+
+import logging
+import math
+import os
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from .config import FitConfig, TrainingConfig
+from .galaxies import GalaxyBank
+from .losses import LossTerms, evidence_loss
+from .networks import Decoder, Encoder
+from .scenes import PsfBank, SceneComposer
+from .surveys import get_survey_info
+
+_LOG = logging.getLogger("lsst.meas.vaedeblend.training")
+
+STEPS = ("prior", "deblender")
+
+
+class _Stream(IterableDataset):
+    """Endless or fixed batches from a composer that is built in the worker."""
+
+    def __init__(self, make_composer, batch_size: int, seed: list[int], batches: int | None = None):
+        self._make, self._batch_size, self._seed, self._batches = make_composer, batch_size, seed, batches
+
+    def __iter__(self):
+        worker = get_worker_info()
+        seed = [*self._seed, 0 if worker is None else worker.id]
+        stream = self._make(np.random.default_rng(seed)).batches(self._batch_size)
+        for i, batch in enumerate(stream):
+            if self._batches is not None and i == self._batches:
+                return
+            yield {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.as_dict().items()}
+
+
+class SceneData(lightning.LightningDataModule):
+    """Samples of one training step.
+
+    Parameters
+    ----------
+    config : `TrainingConfig`
+    directory : path
+        Holds the banks of `make_banks`.
+    step : `str`
+        "prior" or "deblender".
+    workers : `int`
+        Processes that compose scenes; 0 composes in the training process.
+    """
+
+    def __init__(self, config: TrainingConfig, directory: str | os.PathLike, step: str, workers: int = 1):
+        super().__init__()
+        self._config, self._directory, self._step, self._workers = config, Path(directory), step, workers
+        self._fit: FitConfig = getattr(config, step)
+        self.survey = get_survey_info(config.survey, tuple(config.bands))
+        rng = np.random.default_rng([config.population.seed, 77])
+        self.psfs = PsfBank(config.scene, self.survey.pixel_scale, rng)
+
+    def kernel_power(self) -> Tensor:
+        """Squared modulus of each PSF's difference kernel, (P, S, S // 2 + 1)."""
+        return torch.from_numpy(np.abs(self.psfs.kernels(self._config.scene.cutout_size)) ** 2)
+
+    def _composer(self, sample: str):
+        bank = GalaxyBank.load(self._directory / f"{sample}.npz")
+        isolated = self._step == "prior"
+        return lambda rng: SceneComposer(
+            bank, self.psfs, self.survey, self._config.scene, rng, isolated=isolated
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        # A resumed run must not see the same scenes again, nor two processes the same.
+        seed = [self._fit.seed, self.trainer.global_step, self.trainer.global_rank]
+        stream = _Stream(self._composer("train"), self._fit.batch_size, seed)
+        prefetch = 4 if self._workers else None
+        return DataLoader(stream, batch_size=None, num_workers=self._workers, prefetch_factor=prefetch)
+
+    def val_dataloader(self) -> DataLoader:
+        stream = _Stream(
+            self._composer("validation"), self._fit.batch_size, [0], self._fit.validation_batches
+        )
+        return DataLoader(list(stream), batch_size=None)
+
+
+class VaeModule(lightning.LightningModule):
+    """One training step: the prior (encoder and decoder learn) or the deblender (the decoder is frozen).
+
+    Parameters
+    ----------
+    config : `TrainingConfig`
+    step : `str`
+        "prior" or "deblender".
+    kernel_power : `torch.Tensor`, (P, S, S // 2 + 1)
+    """
+
+    def __init__(self, config: TrainingConfig, step: str, kernel_power: Tensor):
+        super().__init__()
+        if step not in STEPS:
+            raise ValueError(f"step must be one of {STEPS}, not {step!r}.")
+        self.step, self.fit = step, getattr(config, step)
+        bands, size = len(config.bands), config.scene.cutout_size
+        self.encoder = Encoder(bands, size, config.network).to(memory_format=torch.channels_last)
+        self.decoder = Decoder(bands, size, config.network)
+        if step == "deblender":
+            self.decoder.requires_grad_(False)
+        self.reference = bands // 3
+        self.register_buffer("kernel_power", kernel_power, persistent=False)
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.fit.precision == "bf16-mixed" else None
+
+    def _forward(self, batch: dict[str, Tensor], sample: bool) -> tuple[LossTerms, Tensor, Tensor]:
+        mean, sigma = self.encoder(
+            batch["image"], batch["valid"].float(), batch["noise"], batch["psf_moments"], self._autocast
+        )
+        latent = mean + sigma * torch.randn_like(sigma) if sample else mean
+        shape = self.decoder.shape(latent)
+        terms = evidence_loss(
+            shape.log_flux,
+            shape.morphology,
+            mean,
+            sigma,
+            batch["target"],
+            batch["target_flux"],
+            self.kernel_power[batch["psf_index"]],
+            batch["noise"],
+            self.fit.kl_weight,
+            self.fit.flux_weight,
+        )
+        return terms, shape.log_flux, shape.morphology
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        terms, _, _ = self._forward(batch, sample=True)
+        loss = terms.total.mean()
+        self.log("loss", loss, prog_bar=True)
+        self.log("kl", terms.kl.mean())
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        terms, log_flux, morphology = self._forward(batch, sample=False)
+        r = self.reference
+        truth, model = batch["target"][:, r].double(), morphology[:, r].double()
+        cosine = (truth * model).sum((1, 2)) / torch.sqrt(
+            truth.square().sum((1, 2)) * model.square().sum((1, 2))
+        ).clamp(min=1e-30)
+        bright = batch["target_flux"][:, r] / (batch["noise"][:, r] * 40.0**0.5) > 30.0
+        e_truth, e_model = _ellipticity(truth[bright]), _ellipticity(model[bright])
+        flux_error = (log_flux[:, r] - torch.log(batch["target_flux"][:, r].clamp(min=1e-3)))[bright].abs()
+        n = len(truth)
+        self.log("val_loss", terms.total.mean(), prog_bar=True, batch_size=n)
+        self.log("val_chi2", terms.chi2.median(), batch_size=n)
+        self.log("val_flux", terms.flux.mean(), batch_size=n)
+        self.log("val_kl", terms.kl.mean(), batch_size=n)
+        self.log("val_cosine", cosine[bright].float().mean(), prog_bar=True, batch_size=n)
+        self.log("val_flux_error", flux_error.median(), prog_bar=True, batch_size=n)
+        for i in (0, 1):
+            slope = (e_truth[:, i] * e_model[:, i]).sum() / e_truth[:, i].square().sum().clamp(min=1e-12)
+            self.log(f"val_response_e{i + 1}", slope.float(), prog_bar=True, batch_size=n)
+
+    def configure_optimizers(self):
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.fit.learning_rate, weight_decay=self.fit.weight_decay
+        )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        warm = max(1, min(200, total // 10))
+
+        def rate(i: int) -> float:
+            if i < warm:
+                return (i + 1) / warm
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (i - warm) / max(1, total - warm)))) + 1e-3
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        if self.step == "deblender":
+            self.decoder.eval()
+
+
+def _ellipticity(images: Tensor) -> Tensor:
+    """Polarisation (e1, e2) with a fixed circular weight of 2.5 pixels; a monitor, not a measurement."""
+    size = images.shape[-1]
+    line = torch.arange(size, dtype=images.dtype, device=images.device) - size // 2
+    y, x = line[:, None], line
+    weighted = images * torch.exp(-0.5 * (x * x + y * y) / 2.5**2)
+    xx, yy, xy = ((weighted * q).sum((1, 2)) for q in (x * x, y * y, x * y))
+    return torch.stack([xx - yy, 2 * xy], dim=1) / (xx + yy).clamp(min=1e-30)[:, None]
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint; only tensors are read, nothing is unpickled beyond them."""
+    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+
+
+def fit_step(
+    config: TrainingConfig,
+    step: str,
+    data: str | os.PathLike,
+    run: str | os.PathLike,
+    *,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    strategy: str = "auto",
+    workers: int = 1,
+    progress: bool = True,
+    initial: str | os.PathLike | None = None,
+) -> Path:
+    """Run one step, from the start or from where it was left.
+
+    Parameters
+    ----------
+    config : `TrainingConfig`
+    step : `str`
+        "prior" or "deblender"; the latter needs the prior's checkpoint in ``run``.
+    data : path
+        Directory of the banks.
+    run : path
+        Directory of checkpoints and logs.
+    accelerator, devices, strategy
+        As for `lightning.Trainer`: "cpu", "gpu"; a number; "ddp".
+    workers : `int`
+        Processes that compose scenes.
+    progress : `bool`
+        Show a progress bar.
+    initial : path, optional
+        Checkpoint whose weights the step starts from, for transfer learning.
+
+    Returns
+    -------
+    checkpoint : `pathlib.Path`
+
+    Raises
+    ------
+    FileNotFoundError
+        If the deblender is asked for before the prior was trained.
+    """
+    run = Path(run) / step
+    last, final = run / "last.ckpt", run / "final.ckpt"
+    if final.exists():
+        _LOG.info("Step %s is complete: %s.", step, final)
+        return final
+    settings: FitConfig = getattr(config, step)
+    lightning.seed_everything(settings.seed)
+    # Far from a narrow Gaussian the images underflow, and denormal numbers are slow on most processors.
+    torch.set_flush_denormal(True)
+    scenes = SceneData(config, data, step, workers)
+    module = VaeModule(config, step, scenes.kernel_power())
+    if step == "deblender":
+        prior = run.parent / "prior" / "final.ckpt"
+        if not prior.exists():
+            raise FileNotFoundError(
+                f"The deblender needs the decoder of a trained prior; there is no {prior}."
+            )
+        module.load_state_dict(_weights(prior))
+    if initial is not None:
+        module.load_state_dict(_weights(Path(initial)))
+    trainer = lightning.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        max_steps=max(1, settings.samples // settings.batch_size),
+        gradient_clip_val=settings.gradient_clip,
+        val_check_interval=settings.validation_every,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=20,
+        logger=CSVLogger(run, name=None),
+        callbacks=[
+            ModelCheckpoint(
+                dirpath=run, save_last=True, save_top_k=0, every_n_train_steps=settings.validation_every
+            ),
+            LearningRateMonitor("step"),
+        ],
+        enable_progress_bar=progress,
+        default_root_dir=run,
+    )
+    # A checkpoint of this step is continued; only tensors and plain values are read from it.
+    trainer.fit(module, scenes, ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.save_checkpoint(final)
+    return final
+
+
+def train(config: TrainingConfig, data: str | os.PathLike, run: str | os.PathLike, **kwargs) -> Path:
+    """Run both steps; keyword arguments as for `fit_step`."""
+    fit_step(config, "prior", data, run, **kwargs)
+    return fit_step(config, "deblender", data, run, **kwargs)

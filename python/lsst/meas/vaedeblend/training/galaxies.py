@@ -1,0 +1,192 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Images of galaxies: GalSim profiles, and the bank of rendered components that scenes are made of."""
+
+from __future__ import annotations
+
+__all__ = ["GalaxyBank", "MODEL_SIGMA", "component_profile", "galaxy_profile", "render_bank"]
+
+import dataclasses
+import os
+
+import galsim
+import numpy as np
+
+from .population import KNOTS, NONE, STAR, Population
+
+MODEL_SIGMA = 0.8
+"""Width of the model frame's Gaussian PSF, pixel (scarlet's model frame)."""
+
+_GSPARAMS = galsim.GSParams(maximum_fft_size=16384, folding_threshold=5e-3)
+
+
+def component_profile(population: Population, row: int, component: int) -> galsim.GSObject:
+    """One component of one galaxy as a GalSim profile with unit flux.
+
+    Parameters
+    ----------
+    population : `Population`
+    row, component : `int`
+
+    Returns
+    -------
+    profile : `galsim.GSObject`
+        Distances in arcsec.
+    """
+    p, at = population, (row, component)
+    if p.kind[at] == STAR:
+        return galsim.DeltaFunction(flux=1.0)
+    if p.kind[at] == KNOTS:
+        # Twelve knots: enough to look clumpy, few enough that each is seen.
+        seed = galsim.BaseDeviate(int(p.source_id[row]) + 1)
+        profile = galsim.RandomKnots(12, half_light_radius=p.hlr[at], flux=1.0, rng=seed, gsparams=_GSPARAMS)
+    else:
+        n = float(p.sersic[at])
+        profile = galsim.Sersic(n, half_light_radius=p.hlr[at], flux=1.0, gsparams=_GSPARAMS)
+    return profile.shear(g1=p.g1[at], g2=p.g2[at])
+
+
+def galaxy_profile(population: Population, row: int, band: str) -> galsim.GSObject:
+    """A whole galaxy in one band, flux in nJy, distances in arcsec."""
+    b = population.bands.index(band)
+    parts = [
+        component_profile(population, row, c) * float(population.flux[row, c, b])
+        for c in np.flatnonzero(population.kind[row] != NONE)
+    ]
+    return galsim.Add(parts)
+
+
+@dataclasses.dataclass
+class GalaxyBank:
+    """Rendered galaxy components in the model frame.
+
+    Attributes
+    ----------
+    bands : `tuple` [`str`]
+    pixel_scale : `float`
+        arcsec per pixel.
+    stamps : `numpy.ndarray`, (M, P, P) float32
+        Components of unit total flux; P is odd, the galaxy's pixel is the middle one.
+    first, count : `numpy.ndarray`, (N,) int
+        Rows of ``stamps`` that belong to each galaxy.
+    flux : `numpy.ndarray`, (M, B) float32
+        nJy of each component.
+    offset : `numpy.ndarray`, (N, 2) float32
+        Position (x, y) of the galaxy's centre from the middle of its pixel, pixel.
+    radius : `numpy.ndarray`, (N,) int
+        Half-width of the square that holds all but 0.2 percent of the stamp's light.
+    area : `numpy.ndarray`, (N,) float32
+        Effective area 1 / sum(p^2) of the unit-flux, band-summed image p, pixel^2.
+    source_id : `numpy.ndarray`, (N,) int
+    """
+
+    bands: tuple[str, ...]
+    pixel_scale: float
+    stamps: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    flux: np.ndarray
+    offset: np.ndarray
+    radius: np.ndarray
+    area: np.ndarray
+    source_id: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the bank as an npz file."""
+        np.savez(path, **{f.name: np.asarray(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> GalaxyBank:
+        """Read a bank written by `save`; nothing in the file is unpickled."""
+        with np.load(path, allow_pickle=False) as data:
+            values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        values["bands"] = tuple(str(b) for b in values["bands"])
+        values["pixel_scale"] = float(values["pixel_scale"])
+        return cls(**values)
+
+    @property
+    def total_flux(self) -> np.ndarray:
+        """Flux of each galaxy, nJy, shape (N, B)."""
+        return np.add.reduceat(self.flux, self.first, axis=0)
+
+
+def render_bank(
+    population: Population,
+    pixel_scale: float,
+    rng: np.random.Generator,
+    *,
+    stamp_size: int = 97,
+    offset_range: float = 0.5,
+    progress=None,
+) -> GalaxyBank:
+    """Render every component of a population once, in the model frame.
+
+    Each galaxy gets an offset within its pixel, uniform in +-``offset_range``;
+    flips and quarter turns, which are exact on a grid of odd size, are left to
+    the composition of scenes.
+
+    Parameters
+    ----------
+    population : `Population`
+    pixel_scale : `float`
+        arcsec per pixel.
+    rng : `numpy.random.Generator`
+    stamp_size : `int`
+        Odd number of pixels on a side.
+    offset_range : `float`
+        Half-width of the uniform distribution of offsets, pixel.
+    progress : callable, optional
+        Called with the number of galaxies done.
+
+    Returns
+    -------
+    bank : `GalaxyBank`
+
+    Raises
+    ------
+    ValueError
+        If the stamp size is even.
+    """
+    if stamp_size % 2 == 0:
+        raise ValueError(f"Stamps need an odd size so that a galaxy has a middle pixel, not {stamp_size}.")
+    n = len(population)
+    count = (population.kind != NONE).sum(axis=1)
+    first = np.concatenate([[0], np.cumsum(count)[:-1]])
+    stamps = np.zeros((count.sum(), stamp_size, stamp_size), np.float32)
+    offset = rng.uniform(-offset_range, offset_range, (n, 2)).astype(np.float32)
+    model_psf = galsim.Gaussian(sigma=MODEL_SIGMA * pixel_scale, gsparams=_GSPARAMS)
+    image = galsim.ImageF(stamp_size, stamp_size, scale=pixel_scale)
+    radius = np.full(n, stamp_size // 2)
+    area = np.zeros(n, np.float32)
+    half = stamp_size // 2
+    yy, xx = np.mgrid[-half : half + 1, -half : half + 1]
+    ring = np.maximum(np.abs(yy), np.abs(xx)).ravel()
+    for row in range(n):
+        total = np.zeros(stamp_size * stamp_size)
+        weights = population.flux[row].sum(axis=-1)
+        for k, component in enumerate(np.flatnonzero(population.kind[row] != NONE)):
+            profile = galsim.Convolve(component_profile(population, row, component), model_psf)
+            dx, dy = offset[row].astype(float) * pixel_scale
+            profile.shift(dx, dy).drawImage(image=image, method="auto")
+            stamps[first[row] + k] = image.array
+            total += weights[component] * image.array.ravel()
+        area[row] = total.sum() ** 2 / (total**2).sum()
+        inside = np.cumsum(np.bincount(ring, weights=total)) / max(total.sum(), 1e-30)
+        radius[row] = max(8, int(np.searchsorted(inside, 0.998)))
+        if progress is not None and (row + 1) % 500 == 0:
+            progress(row + 1)
+    return GalaxyBank(
+        bands=population.bands,
+        pixel_scale=pixel_scale,
+        stamps=stamps,
+        first=first,
+        count=count,
+        flux=population.flux[population.kind != NONE].astype(np.float32),
+        offset=offset,
+        radius=np.minimum(radius, half),
+        area=area,
+        source_id=population.source_id,
+    )

@@ -1,0 +1,102 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a network is trained for."""
+
+from __future__ import annotations
+
+__all__ = ["LossTerms", "evidence_loss", "flux_loss", "kl_divergence", "shape_chi2"]
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class LossTerms(NamedTuple):
+    """The loss of each sample, (N,), and its parts."""
+
+    total: Tensor
+    chi2: Tensor
+    flux: Tensor
+    kl: Tensor
+
+
+def kl_divergence(mean: Tensor, sigma: Tensor) -> Tensor:
+    """Divergence of N(mean, sigma^2) from the standard normal prior, (N,) (Kingma & Welling 2013, app. B)."""
+    return 0.5 * (mean.square() + sigma.square() - 1.0 - 2.0 * torch.log(sigma)).sum(dim=1)
+
+
+def shape_chi2(morphology: Tensor, target: Tensor, power: Tensor, noise: Tensor) -> Tensor:
+    """Chi-square of the shape in the observed frame, with the amplitude of each band profiled out.
+
+    Errors of flux would drown the gradient of the shape, so each band's model
+    is scaled by the factor that fits the target best, held constant in the
+    gradient. The sum over pixels of a convolved image is a sum over
+    frequencies of the unconvolved one (Parseval), so no image is convolved.
+
+    Parameters
+    ----------
+    morphology : `torch.Tensor`, (N, B, S, S)
+        Model in the model frame, any scale.
+    target : `torch.Tensor`, (N, B, S, S)
+        Truth in the model frame, nJy.
+    power : `torch.Tensor`, (N, B, S, S // 2 + 1)
+        Squared modulus of the difference kernel's transform.
+    noise : `torch.Tensor`, (N, B)
+        nJy per pixel.
+
+    Returns
+    -------
+    chi2 : `torch.Tensor`, (N, B)
+    """
+    size = morphology.shape[-1]
+    # The half-plane transform of real images holds every frequency but those of the first and the last column
+    # twice.
+    weight = power * (1.0 / size**2)
+    weight = torch.cat([weight[..., :1], 2.0 * weight[..., 1:-1], weight[..., -1:]], dim=-1)
+    model_ft, target_ft = torch.fft.rfft2(morphology), torch.fft.rfft2(target)
+    with torch.no_grad():
+        cross = (weight * (model_ft.real * target_ft.real + model_ft.imag * target_ft.imag)).sum((2, 3))
+        auto = (weight * (model_ft.real.square() + model_ft.imag.square())).sum((2, 3))
+        amplitude = (cross / auto.clamp(min=1e-20)).clamp(min=0.0)[:, :, None, None]
+    difference = amplitude * model_ft - target_ft
+    chi2 = (weight * (difference.real.square() + difference.imag.square())).sum((2, 3))
+    return chi2 / noise.square()
+
+
+def flux_loss(log_flux: Tensor, target_flux: Tensor, noise: Tensor, area: float = 40.0) -> Tensor:
+    """Error of the log fluxes in units of their uncertainty, robust to outliers; (N, B).
+
+    The uncertainty is that of a matched filter over ``area`` square pixels in
+    background noise, with a floor of 2 percent, so that the flux of bright
+    sources does not rule the loss.
+    """
+    target = target_flux.clamp(min=1e-3)
+    sigma = torch.sqrt((noise * area**0.5 / target).square() + 0.02**2)
+    error = (log_flux - torch.log(target)) / sigma
+    return functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=2.0)
+
+
+def evidence_loss(
+    log_flux: Tensor,
+    morphology: Tensor,
+    mean: Tensor,
+    sigma: Tensor,
+    target: Tensor,
+    target_flux: Tensor,
+    power: Tensor,
+    noise: Tensor,
+    kl_weight: float,
+    flux_weight: float,
+) -> LossTerms:
+    """Robust form of the paper's eq. 6: a reconstruction term and beta times the divergence from the prior.
+
+    5 log(1 + chi2 / 10) equals chi2 / 2, minus a Gaussian log-likelihood, for good models, and grows slowly
+    for bad ones, so that a few bright galaxies do not outweigh the others.
+    """
+    chi2 = shape_chi2(morphology, target, power, noise).sum(dim=1)
+    flux = flux_loss(log_flux, target_flux, noise).sum(dim=1)
+    kl = kl_divergence(mean, sigma)
+    total = 5.0 * torch.log1p(chi2 / 10.0) + flux_weight * flux + kl_weight * kl
+    return LossTerms(total, chi2, flux, kl)

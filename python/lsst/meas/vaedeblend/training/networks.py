@@ -1,0 +1,340 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The networks, in torch: images to latent variables (encoder), latent variables to images (decoder).
+
+All numbers at the borders are physical: images in nJy per pixel, PSF moments
+in pixel^2. Every normalisation happens inside.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Decoder", "Deblender", "Encoder", "SourceShape"]
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .config import NetworkConfig
+from .galaxies import MODEL_SIGMA
+
+_LOG_FLUX_OFFSET = 5.0
+"""Natural log of a typical flux in nJy (26.0 mag): latent zeros decode to about this."""
+
+
+class SourceShape(NamedTuple):
+    """What the decoder makes of latent variables before drawing.
+
+    Attributes
+    ----------
+    log_flux : (N, B)
+        Natural log of the total flux in nJy.
+    morphology : (N, B, S, S)
+        Image of a source of unit flux in the model frame; light beyond the cutout makes the sum less than 1.
+    """
+
+    log_flux: Tensor
+    morphology: Tensor
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.leaky_relu(self.norm1(self.first(x)), 0.1)
+        return functional.leaky_relu(x + self.norm2(self.second(y)), 0.1)
+
+
+def _signed_log(x: Tensor) -> Tensor:
+    """sign(x) log(1 + abs(x)): linear in the noise, logarithmic above it, without saturation.
+
+    Like an inverse hyperbolic sine, and several times faster on processors.
+    """
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+class Encoder(nn.Module):
+    """Read a noisy cutout and give the approximate posterior of the central source.
+
+    Pixels enter twice, in units of the noise through a signed logarithm,
+    which keeps faint and bright sources apart over many magnitudes, and in units of the central brightness, which keeps the profile of a bright
+    source linear. Blocks of 4x4 pixels become channels first, so that nothing
+    is computed at full resolution.
+
+    Parameters
+    ----------
+    bands : `int`
+        Number of bands B.
+    size : `int`
+        Cutout width S, a multiple of 16.
+    config : `NetworkConfig`
+    """
+
+    def __init__(self, bands: int, size: int, config: NetworkConfig):
+        super().__init__()
+        w1, w2, w3 = config.widths
+        self.bands, self.size = bands, size
+        self.stem = nn.Conv2d(2 * bands, w1, 4, stride=4)
+        self.stem_valid = nn.Conv2d(bands, w1, 1, bias=False)
+        self.condition = nn.Sequential(nn.Linear(4 * bands, 64), nn.LeakyReLU(0.1), nn.Linear(64, w1))
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(w1),
+            _Residual(w1),
+            nn.Conv2d(w1, w2, 2, stride=2, bias=False),
+            nn.BatchNorm2d(w2),
+            nn.LeakyReLU(0.1),
+            _Residual(w2),
+            nn.Conv2d(w2, w3, 2, stride=2, bias=False),
+            nn.BatchNorm2d(w3),
+            nn.LeakyReLU(0.1),
+            _Residual(w3),
+        )
+        grid = size // 16
+        known = 6 * bands  # two apertures, three moments and the noise of each band
+        self.dense = nn.Linear(w3 * grid * grid, config.hidden)
+        self.dense2 = nn.Linear(config.hidden + known, config.hidden)
+        self.mean = nn.Linear(config.hidden + known, config.latent_size)
+        self.log_sigma = nn.Linear(config.hidden, config.latent_size)
+        # The target's pixel is size // 2; see SceneComposer.
+        y = torch.arange(size, dtype=torch.float32) - size // 2
+        r2 = y[:, None] ** 2 + y**2
+        apertures = torch.stack([torch.exp(-0.5 * r2 / s**2) for s in (1.5, 4.0)])
+        self.register_buffer(
+            "apertures", apertures / apertures.square().sum((1, 2), keepdim=True).sqrt(), False
+        )
+
+    def forward(
+        self,
+        image: Tensor,
+        valid: Tensor,
+        noise: Tensor,
+        psf_moments: Tensor,
+        autocast: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode.
+
+        Parameters
+        ----------
+        image, valid : `torch.Tensor`, (N, B, S, S)
+            nJy, and 1 where the pixel may be used.
+        noise : `torch.Tensor`, (N, B)
+            nJy per pixel.
+        psf_moments : `torch.Tensor`, (N, B, 3)
+            Ixx, Iyy, Ixy, pixel^2.
+        autocast : `torch.dtype`, optional
+            Type in which the convolutions run; that of the weights by default.
+
+        Returns
+        -------
+        mean, sigma : `torch.Tensor`, (N, L)
+            Parameters of the approximate posterior.
+        """
+        planes, pooled, aperture, condition = self.features(image, valid, noise, psf_moments)
+        if autocast is None:
+            x = self.trunk(planes, pooled, condition)
+        else:
+            with torch.autocast(image.device.type, autocast):
+                x = self.trunk(planes, pooled, condition)
+        return self.head(x.float(), aperture, condition)
+
+    def features(
+        self, image: Tensor, valid: Tensor, noise: Tensor, psf_moments: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normalised pixels, valid fractions, aperture S/N and what is known of noise and PSF."""
+        half = self.size // 2
+        scaled = image * valid / noise[:, :, None, None]
+        # The matched-filter S/N of two apertures: unit-norm weights on unit noise.
+        aperture = torch.einsum("nbyx,ayx->nba", scaled, self.apertures).flatten(1)
+        aperture = _signed_log(aperture)
+        centre = scaled[:, :, half - 2 : half + 3, half - 2 : half + 3]
+        peak = functional.avg_pool2d(centre, 3, stride=1).amax((1, 2, 3)).clamp(min=3.0)
+        linear = (scaled / peak[:, None, None, None]).clamp(-2.0, 2.0)
+        ixx, iyy, ixy = psf_moments.unbind(-1)
+        trace = (ixx + iyy).clamp(min=1e-3)
+        condition = torch.cat(
+            [
+                torch.log(trace / 4.0),
+                4.0 * (ixx - iyy) / trace,
+                8.0 * ixy / trace,
+                torch.log(noise) - 1.0,
+            ],
+            dim=1,
+        )
+        planes = torch.cat([_signed_log(scaled), linear], dim=1)
+        return planes, functional.avg_pool2d(valid, 4), aperture, condition
+
+    def trunk(self, planes: Tensor, pooled: Tensor, condition: Tensor) -> Tensor:
+        """The convolutions and the first dense layer: nearly all of the cost; may run in bfloat16."""
+        x = self.stem(planes) + self.stem_valid(pooled)
+        x = x + self.condition(condition)[:, :, None, None]
+        return self.dense(self.body(x).flatten(1))
+
+    def head(self, x: Tensor, aperture: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """The last layers, in float32: fluxes need more digits than bfloat16 has."""
+        known = torch.cat([aperture, condition], dim=1)
+        h = functional.leaky_relu(x, 0.1)
+        h = functional.leaky_relu(self.dense2(torch.cat([h, known], dim=1)), 0.1)
+        mean = self.mean(torch.cat([h, known], dim=1))
+        return mean, torch.exp(self.log_sigma(h).clamp(-7.0, 2.0))
+
+
+class Decoder(nn.Module):
+    """Draw a source from latent variables, as a sum of Gaussians.
+
+    A source is made of a few concentric elliptical profiles, each a ladder of
+    Gaussians of fixed relative widths whose weights are free (a multi-Gaussian
+    expansion, Emsellem et al. 1994; Sersic profiles need few, Hogg & Lang
+    2013), and of free Gaussians for what is neither concentric nor
+    elliptical. Each has its own share of each band's flux, so that colour
+    gradients are part of the model. Convolution with the model frame's
+    Gaussian PSF adds its variance; images are positive and smooth by
+    construction, and an error of shape moves few numbers.
+
+    Parameters
+    ----------
+    bands : `int`
+        Number of bands B.
+    size : `int`
+        Cutout width S, pixel.
+    config : `NetworkConfig`
+    """
+
+    def __init__(self, bands: int, size: int, config: NetworkConfig):
+        super().__init__()
+        self.bands, self.size = bands, size
+        self.profiles, self.rungs, self.free = config.profiles, config.rungs, config.free_gaussians
+        parts = self.profiles + self.free
+        self._sizes = {
+            "log_flux": bands,
+            "centre": 2,
+            "log_radius": self.profiles,
+            "eta": 2 * self.profiles,
+            "ladder": self.profiles * self.rungs,
+            "free_centre": 2 * self.free,
+            "free_log_radius": self.free,
+            "free_eta": 2 * self.free,
+            "share": parts * bands,
+        }
+        outputs = sum(self._sizes.values())
+        self.skip = nn.Linear(config.latent_size, outputs)
+        self.hidden = nn.Sequential(
+            nn.Linear(config.latent_size, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, outputs),
+        )
+        nn.init.normal_(self.skip.weight, std=0.1)
+        nn.init.zeros_(self.skip.bias)
+        nn.init.normal_(self.hidden[-1].weight, std=0.02)
+        with torch.no_grad():
+            # Free Gaussians start faint: they are for what the profiles cannot draw.
+            start = sum(list(self._sizes.values())[:-1])
+            bias = self.skip.bias[start:].view(parts, bands)
+            bias[self.profiles :] = -4.0
+        # Widths relative to the profile's radius: from a cusp to the wings of a de Vaucouleurs profile.
+        ladder = 0.12 * 1.85 ** torch.arange(self.rungs, dtype=torch.float32)
+        self.register_buffer("ladder", ladder.log(), False)
+        line = torch.arange(size, dtype=torch.float32) - size // 2
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        x, y = x.flatten(), y.flatten()
+        self.register_buffer("basis", torch.stack([x * x, x * y, y * y, x, y, torch.ones_like(x)]), False)
+
+    def _numbers(self, latent: Tensor) -> dict[str, Tensor]:
+        flat = self.skip(latent) + self.hidden(latent)
+        return dict(zip(self._sizes, flat.split(list(self._sizes.values()), dim=1), strict=True))
+
+    def shape(self, latent: Tensor) -> SourceShape:
+        """Decode to log fluxes and unit-flux images.
+
+        Parameters
+        ----------
+        latent : `torch.Tensor`, (N, L)
+
+        Returns
+        -------
+        shape : `SourceShape`
+        """
+        p = self._numbers(latent)
+        n = len(latent)
+        centre = p["centre"].view(n, 1, 2)
+        # Profiles: one radius, one ellipse and one set of weights per profile.
+        log_radius = 0.7 + p["log_radius"].clamp(-4.0, 4.0)
+        rung_log_sigma = (log_radius[:, :, None] + self.ladder).view(n, -1)
+        rung_eta = p["eta"].view(n, self.profiles, 1, 2).expand(-1, -1, self.rungs, -1).reshape(n, -1, 2)
+        rung_weight = torch.softmax(p["ladder"].view(n, self.profiles, self.rungs), dim=2)
+        free_centre = centre + 4.0 * p["free_centre"].view(n, self.free, 2)
+        log_sigma = torch.cat([rung_log_sigma, p["free_log_radius"].clamp(-4.0, 3.5)], dim=1)
+        eta = torch.cat([rung_eta, p["free_eta"].view(n, self.free, 2)], dim=1)
+        count = self.profiles * self.rungs
+        position = torch.cat([centre.expand(-1, count, -1), free_centre], dim=1)
+        # Shares of the band's flux; a profile's share is spread over its ladder.
+        share = torch.softmax(p["share"].view(n, self.profiles + self.free, self.bands), dim=1)
+        ladder_share = (share[:, : self.profiles, None] * rung_weight[..., None]).view(n, count, self.bands)
+        weight = torch.cat([ladder_share, share[:, self.profiles :]], dim=1)
+        maps = self._gaussians(position, log_sigma, eta)
+        morphology = torch.bmm(weight.transpose(1, 2), maps)
+        return SourceShape(
+            p["log_flux"] + _LOG_FLUX_OFFSET, morphology.view(n, self.bands, self.size, self.size)
+        )
+
+    def _gaussians(self, position: Tensor, log_sigma: Tensor, eta: Tensor) -> Tensor:
+        """Unit-flux Gaussians on the pixel grid, (N, K, S * S).
+
+        The intrinsic covariance is sigma^2 exp(H) with H = [[eta1, eta2],
+        [eta2, -eta1]]: area-preserving, with conformal shear eta (Bernstein &
+        Jarvis 2002, section 2.2). The model PSF and the pixel (variance 1/12)
+        add to it.
+        """
+        modulus = torch.sqrt(eta.square().sum(-1) + 1e-8)
+        modulus_safe = modulus.clamp(max=4.0)
+        scale = torch.exp(2.0 * log_sigma.clamp(-4.0, 4.5))
+        cosh, sinh = torch.cosh(modulus_safe), torch.sinh(modulus_safe) / modulus
+        extra = MODEL_SIGMA**2 + 1.0 / 12.0
+        cxx = scale * (cosh + sinh * eta[..., 0]) + extra
+        cyy = scale * (cosh - sinh * eta[..., 0]) + extra
+        cxy = scale * sinh * eta[..., 1]
+        det = cxx * cyy - cxy * cxy
+        a, b, c = cyy / det, -cxy / det, cxx / det
+        x0, y0 = position.unbind(-1)
+        # -1/2 (r - r0)^T C^-1 (r - r0) and the normalisation, as coefficients of x^2, xy, y^2, x, y, 1: one
+        # matrix product gives every exponent.
+        constant = -0.5 * (a * x0 * x0 + 2 * b * x0 * y0 + c * y0 * y0) - 0.5 * torch.log(det)
+        coefficients = torch.stack(
+            [
+                -0.5 * a,
+                -b,
+                -0.5 * c,
+                a * x0 + b * y0,
+                b * x0 + c * y0,
+                constant - math.log(2 * math.pi),
+            ],
+            dim=-1,
+        )
+        return torch.exp(coefficients @ self.basis)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Images in the model frame, nJy, (N, B, S, S)."""
+        shape = self.shape(latent)
+        return shape.morphology * torch.exp(shape.log_flux.clamp(max=25.0))[:, :, None, None]
+
+
+class Deblender(nn.Module):
+    """Encoder and decoder, with the inputs and outputs of the ONNX contract."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(
+        self, image: Tensor, valid: Tensor, noise: Tensor, psf_moments: Tensor, epsilon: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, sigma = self.encoder(image, valid, noise, psf_moments)
+        return self.decoder(mean + sigma * epsilon), mean, sigma

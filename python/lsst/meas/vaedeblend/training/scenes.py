@@ -1,0 +1,361 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Blends for training, composed on the fly from a bank of rendered galaxies.
+
+A small field is composed, not one cutout: its sources are added at random
+places in the model frame, the field is convolved once per band with that
+field's PSF, and cutouts are taken around many of its sources. Blends then have
+the statistics of the sky that the runtime cuts out, and the cost of the
+convolution is shared.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Cutouts", "PsfBank", "SceneComposer", "SceneConfig"]
+
+import dataclasses
+from collections.abc import Iterator
+
+import galsim
+import numpy as np
+import scipy.fft
+from lsst.pex.config import Config, Field, ListField
+
+from ..psf import adaptive_moments, difference_kernel_ft
+from .galaxies import MODEL_SIGMA, GalaxyBank
+from .surveys import SurveyInfo
+
+
+class SceneConfig(Config):
+    """What training scenes look like."""
+
+    cutout_size = Field[int]("Width of the network's cutouts, pixel.", default=64)
+    field_size = Field[int]("Width of the composed fields, pixel.", default=192)
+    density_range = ListField[float](
+        "Sources per square arcmin, log-uniform between these.", default=[40.0, 250.0], length=2
+    )
+    clustered_fraction = Field[float]("Fraction of the sources placed next to another source.", default=0.4)
+    cluster_scale = Field[float](
+        "Scale of the exponential distance of clustered sources, arcsec.", default=1.0
+    )
+    psf_fwhm_range = ListField[float](
+        "Full width at half maximum of the PSF, arcsec, uniform between these.", default=[0.5, 1.2], length=2
+    )
+    psf_max_ellipticity = Field[float]("Largest reduced shear of a PSF.", default=0.1)
+    psf_bank_size = Field[int]("Number of PSFs that are drawn once and reused.", default=1000)
+    noise_range = ListField[float](
+        "Noise relative to the survey's full depth, log-uniform, common to all bands.",
+        default=[0.7, 3.0],
+        length=2,
+    )
+    noise_band_scatter = Field[float](
+        "Scatter of the noise of single bands about that, natural log.", default=0.25
+    )
+    subtracted_fraction = Field[float](
+        "Fraction of the fields in which sources other than the targets are subtracted with errors, "
+        "as in the later iterations of the procedure.",
+        default=0.6,
+    )
+    subtraction_error = Field[float]("Relative error of the subtracted components.", default=0.1)
+    centring_error = Field[float](
+        "Gaussian error of the peak about the true position, pixel, before rounding to a pixel.", default=0.0
+    )
+    min_snr = Field[float]("Smallest signal-to-noise ratio, all bands, of a target.", default=5.0)
+    targets_per_field = Field[int]("Largest number of cutouts taken from one field.", default=24)
+    mask_fraction = Field[float]("Fraction of the cutouts with masked pixels.", default=0.15)
+    band_dropout = Field[float]("Fraction of the cutouts that lack one or more bands.", default=0.05)
+
+
+class PsfBank:
+    """PSFs drawn from a range of widths, shapes and profiles.
+
+    Parameters
+    ----------
+    config : `SceneConfig`
+    pixel_scale : `float`
+        arcsec per pixel.
+    rng : `numpy.random.Generator`
+    size : `int`, optional
+        Width of the stamps, pixel.
+
+    Attributes
+    ----------
+    stamps : `numpy.ndarray`, (P, size, size)
+        PSF images, sum 1. Half are Kolmogorov, half Moffat (beta 2.5 to 4.5) profiles, with the pixel.
+    moments : `numpy.ndarray`, (P, 3) float32
+        Adaptive moments Ixx, Iyy, Ixy, pixel^2.
+    """
+
+    def __init__(self, config: SceneConfig, pixel_scale: float, rng: np.random.Generator, size: int = 41):
+        n = config.psf_bank_size
+        stamps = np.empty((n, size, size))
+        for i in range(n):
+            fwhm = rng.uniform(*config.psf_fwhm_range)
+            if rng.random() < 0.5:
+                profile = galsim.Kolmogorov(fwhm=fwhm)
+            else:
+                profile = galsim.Moffat(beta=rng.uniform(2.5, 4.5), fwhm=fwhm)
+            g = config.psf_max_ellipticity * np.sqrt(rng.random())
+            profile = profile.shear(g=g, beta=rng.random() * np.pi * galsim.radians)
+            image = profile.drawImage(nx=size, ny=size, scale=pixel_scale, method="auto")
+            stamps[i] = image.array / image.array.sum()
+        self.stamps = stamps
+        self.moments = adaptive_moments(stamps).astype(np.float32)
+
+    def kernels(self, size: int) -> np.ndarray:
+        """Transforms of the difference kernels from the model frame, (P, size, size // 2 + 1) complex64."""
+        return difference_kernel_ft(self.stamps, MODEL_SIGMA, size).astype(np.complex64)
+
+
+@dataclasses.dataclass
+class Cutouts:
+    """Training samples: what the network is given, and what it should draw.
+
+    Attributes
+    ----------
+    image : `numpy.ndarray`, (N, B, S, S) float32
+        Noisy blends, nJy, masked pixels 0.
+    valid : `numpy.ndarray`, (N, B, S, S) bool
+    noise : `numpy.ndarray`, (N, B) float32
+        Background standard deviation per pixel, nJy.
+    psf_moments : `numpy.ndarray`, (N, B, 3) float32
+    psf_index : `numpy.ndarray`, (N, B) int
+        Rows of the `PsfBank`.
+    target : `numpy.ndarray`, (N, B, S, S) float32
+        The centred source alone, noiseless, in the model frame, nJy.
+    target_flux : `numpy.ndarray`, (N, B) float32
+        Total flux, also outside of the cutout, nJy.
+    """
+
+    image: np.ndarray
+    valid: np.ndarray
+    noise: np.ndarray
+    psf_moments: np.ndarray
+    psf_index: np.ndarray
+    target: np.ndarray
+    target_flux: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def as_dict(self) -> dict[str, np.ndarray]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @staticmethod
+    def join(parts: list[Cutouts]) -> Cutouts:
+        return Cutouts(
+            **{
+                f.name: np.concatenate([getattr(p, f.name) for p in parts])
+                for f in dataclasses.fields(Cutouts)
+            }
+        )
+
+    def __getitem__(self, rows) -> Cutouts:
+        return Cutouts(**{k: v[rows] for k, v in self.as_dict().items()})
+
+
+def _quarter_turn(stamps: np.ndarray, turn: int) -> np.ndarray:
+    """One of the eight symmetries of the square, on the last two axes: flip x if turn >= 4, then rotate."""
+    if turn >= 4:
+        stamps = stamps[..., ::-1]
+    return np.rot90(stamps, turn % 4, axes=(-2, -1))
+
+
+def _turn_offset(offset: np.ndarray, turn: int) -> np.ndarray:
+    """What `_quarter_turn` does to an (x, y) offset from the middle pixel."""
+    x, y = offset
+    if turn >= 4:
+        x = -x
+    for _ in range(turn % 4):
+        # numpy's rot90 takes the last axis' end to the first axis' start: (x, y) -> (y, -x).
+        x, y = y, -x
+    return np.array([x, y])
+
+
+class SceneComposer:
+    """Compose fields and cut training samples out of them.
+
+    Parameters
+    ----------
+    bank : `GalaxyBank`
+        Galaxies and stars.
+    psfs : `PsfBank`
+    survey : `SurveyInfo`
+        Its bands must be the bank's.
+    config : `SceneConfig`
+    rng : `numpy.random.Generator`
+    isolated : `bool`, optional
+        Put one source in each cutout, for the training of the prior.
+
+    Raises
+    ------
+    ValueError
+        If bank and survey disagree on bands or pixel scale.
+    """
+
+    def __init__(
+        self,
+        bank: GalaxyBank,
+        psfs: PsfBank,
+        survey: SurveyInfo,
+        config: SceneConfig,
+        rng: np.random.Generator,
+        isolated: bool = False,
+    ):
+        if bank.bands != survey.band_names:
+            raise ValueError(f"The bank has bands {bank.bands}, the survey {survey.band_names}.")
+        if not np.isclose(bank.pixel_scale, survey.pixel_scale):
+            raise ValueError(
+                f"The bank has {bank.pixel_scale} arcsec/pixel, the survey {survey.pixel_scale}."
+            )
+        self.bank, self.psfs, self.survey, self.config = bank, psfs, survey, config
+        self.rng, self.isolated = rng, isolated
+        self._kernels = psfs.kernels(config.field_size)
+        self._total_flux = bank.total_flux
+        self._counts_per_njy = np.array([b.counts_per_njy for b in survey.bands])
+
+    def batches(self, size: int) -> Iterator[Cutouts]:
+        """Yield batches of exactly ``size`` samples without end."""
+        parts: list[Cutouts] = []
+        have = 0
+        while True:
+            parts.append(self.field())
+            have += len(parts[-1])
+            if have >= size:
+                joined = Cutouts.join(parts)
+                yield joined[:size]
+                parts, have = [joined[size:]], have - size
+
+    def _place(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels (x, y) of the sources of a field; margins included, so that light leaks in from outside."""
+        rng, c = self.rng, self.config
+        if self.isolated:
+            step = c.cutout_size
+            start = (c.field_size - (c.field_size // step - 1) * step) // 2
+            line = start + step * np.arange(c.field_size // step)
+            x, y = (a.ravel() for a in np.meshgrid(line, line))
+            return x, y
+        side = c.field_size + 16
+        area = (side * self.survey.pixel_scale / 60) ** 2
+        density = np.exp(rng.uniform(*np.log(c.density_range)))
+        n = max(2, rng.poisson(density * area))
+        x, y = rng.integers(-8, c.field_size + 8, (2, n))
+        near = np.flatnonzero(rng.random(n) < c.clustered_fraction)
+        host = rng.integers(0, n, len(near))
+        distance = rng.exponential(c.cluster_scale / self.survey.pixel_scale, len(near)) + 1.5
+        angle = rng.random(len(near)) * 2 * np.pi
+        x[near] = np.rint(x[host] + distance * np.cos(angle))
+        y[near] = np.rint(y[host] + distance * np.sin(angle))
+        return x, y
+
+    def field(self) -> Cutouts:
+        """Compose one field and cut out its targets; may hold no sample at all."""
+        rng, c, bank = self.rng, self.config, self.bank
+        size, half, nb = c.field_size, c.cutout_size // 2, len(bank.bands)
+        x, y = self._place()
+        n = len(x)
+        rows = rng.integers(0, len(bank), n)
+        turns = rng.integers(0, 8, n)
+        psf_index = rng.integers(0, len(self.psfs.moments), nb)
+        depth = np.exp(rng.uniform(*np.log(c.noise_range)) + c.noise_band_scatter * rng.standard_normal(nb))
+        noise = (self.survey.noise * depth).astype(np.float32)
+        targets = self._choose_targets(x, y, rows, noise, psf_index)
+        subtracted = not self.isolated and rng.random() < c.subtracted_fraction
+
+        canvas = np.zeros((nb, size, size), np.float32)
+        truth = np.zeros((len(targets), nb, 2 * half, 2 * half), np.float32)
+        corner = np.zeros((len(targets), 2), int)
+        slot = {t: k for k, t in enumerate(targets)}
+        for i in range(n):
+            row = rows[i]
+            parts = slice(bank.first[row], bank.first[row] + bank.count[row])
+            flux = bank.flux[parts]
+            if i in slot:
+                k = slot[i]
+                stamp = _quarter_turn(np.tensordot(flux.T, bank.stamps[parts], axes=1), turns[i])
+                offset = _turn_offset(bank.offset[row], turns[i])
+                error = c.centring_error * rng.standard_normal(2)
+                # With an error the peak falls into another pixel than the source now and then.
+                shift = np.clip(np.rint(offset + error), -3, 3).astype(int)
+                corner[k] = np.array([y[i], x[i]]) + shift[::-1] - half
+                middle = stamp.shape[-1] // 2
+                low = middle + shift[::-1] - half
+                truth[k] = stamp[:, low[0] : low[0] + 2 * half, low[1] : low[1] + 2 * half]
+                radius = middle
+            else:
+                if subtracted:
+                    wrong = c.subtraction_error * rng.standard_normal((len(flux), 1))
+                    flux = flux * np.clip(wrong, -0.5, 0.5).astype(np.float32)
+                radius = bank.radius[row]
+                middle = bank.stamps.shape[-1] // 2
+                cut = slice(middle - radius, middle + radius + 1)
+                stamp = _quarter_turn(np.tensordot(flux.T, bank.stamps[parts, cut, cut], axes=1), turns[i])
+            y0, x0 = y[i] - radius, x[i] - radius
+            ya, yb = max(y0, 0), min(y0 + 2 * radius + 1, size)
+            xa, xb = max(x0, 0), min(x0 + 2 * radius + 1, size)
+            if ya < yb and xa < xb:
+                canvas[:, ya:yb, xa:xb] += stamp[:, ya - y0 : yb - y0, xa - x0 : xb - x0]
+
+        spectrum = scipy.fft.rfft2(canvas) * self._kernels[psf_index]
+        observed = scipy.fft.irfft2(spectrum, s=(size, size)).astype(np.float32)
+        # Photon noise of the sources themselves, at the exposure that this depth stands for.
+        counts = (self._counts_per_njy / depth**2).astype(np.float32)[:, None, None]
+        sigma = np.sqrt(noise[:, None, None] ** 2 + np.maximum(observed, 0) / counts)
+        observed += sigma * rng.standard_normal(observed.shape, np.float32)
+
+        image = np.empty_like(truth)
+        for k, (cy, cx) in enumerate(corner):
+            image[k] = observed[:, cy : cy + 2 * half, cx : cx + 2 * half]
+        valid = self._masks(len(targets), nb, 2 * half)
+        image *= valid
+        return Cutouts(
+            image=image,
+            valid=valid,
+            noise=np.tile(noise, (len(targets), 1)),
+            psf_moments=np.tile(self.psfs.moments[psf_index], (len(targets), 1, 1)),
+            psf_index=np.tile(psf_index, (len(targets), 1)),
+            target=truth,
+            target_flux=self._total_flux[rows[targets]],
+        )
+
+    def _choose_targets(self, x, y, rows, noise, psf_index) -> np.ndarray:
+        """Sources that a peak finder could have found, of any rank, in random order."""
+        c, half = self.config, self.config.cutout_size // 2
+        flux = self._total_flux[rows]
+        # S/N of an optimal measurement in background noise: F / (sigma sqrt(A)), with the effective area
+        # widened by the PSF's, 4 pi sqrt(det I) for a Gaussian.
+        m = self.psfs.moments[psf_index].astype(float)
+        psf_area = 4 * np.pi * np.sqrt(m[:, 0] * m[:, 1] - m[:, 2] ** 2)
+        snr = np.sqrt(((flux / noise) ** 2 / (self.bank.area[rows][:, None] + psf_area)).sum(axis=1))
+        # A peak that is off by some pixels must still leave the cutout inside of the field.
+        edge = 0 if self.isolated else 4
+        low, high = half + edge, c.field_size - half - edge
+        inside = (x >= low) & (x <= high) & (y >= low) & (y <= high) & (snr > c.min_snr)
+        if not self.isolated:
+            # One peak is all that remains of sources within 1.5 pixels; it belongs to the brighter.
+            near = (x[:, None] - x) ** 2 + (y[:, None] - y) ** 2 <= 1.5**2
+            inside &= ~(near & (snr > snr[:, None])).any(axis=1)
+        return self.rng.permutation(np.flatnonzero(inside))[: c.targets_per_field]
+
+    def _masks(self, n: int, nb: int, size: int) -> np.ndarray:
+        """Masks like those of coadds: patch borders, bleed trails, disks around defects, absent bands."""
+        rng = self.rng
+        valid = np.ones((n, nb, size, size), bool)
+        yy, xx = np.mgrid[:size, :size] - size // 2
+        for k in np.flatnonzero(rng.random(n) < self.config.mask_fraction):
+            choice = rng.integers(3)
+            if choice == 0:
+                angle = rng.integers(4) * np.pi / 2
+                bad = xx * np.cos(angle) + yy * np.sin(angle) > rng.uniform(2, size // 2)
+            elif choice == 1:
+                across = xx if rng.random() < 0.5 else yy
+                bad = np.abs(across - rng.integers(-size // 2, size // 2)) < rng.integers(1, 4)
+            else:
+                cy, cx = rng.integers(-size // 2, size // 2, 2)
+                bad = np.hypot(yy - cy, xx - cx) < rng.uniform(2, 8)
+            bands = slice(None) if choice == 0 or rng.random() < 0.5 else rng.integers(nb)
+            valid[k, bands] &= ~bad
+        for k in np.flatnonzero(rng.random(n) < self.config.band_dropout):
+            absent = rng.permutation(nb)[: rng.integers(1, max(2, nb // 2))]
+            valid[k, absent] = False
+        return valid
