@@ -63,10 +63,11 @@ def _signed_log(x: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Read a noisy cutout and give the approximate posterior of the central source.
 
-    Pixels enter twice, in units of the noise through a signed logarithm,
-    which keeps faint and bright sources apart over many magnitudes, and in units of the central brightness, which keeps the profile of a bright
-    source linear. Blocks of 4x4 pixels become channels first, so that nothing
-    is computed at full resolution.
+    Pixels enter twice: in units of the noise through a signed logarithm, which
+    keeps faint and bright sources apart over many magnitudes, and in units of
+    the central brightness, which keeps the profile of a bright source linear.
+    Blocks of 4x4 pixels become channels first, so that nothing is computed at
+    full resolution.
 
     Parameters
     ----------
@@ -263,7 +264,7 @@ class Decoder(nn.Module):
         shape : `SourceShape`
         """
         p = self._numbers(latent)
-        n = len(latent)
+        n = latent.shape[0]
         centre = p["centre"].view(n, 1, 2)
         # Profiles: one radius, one ellipse and one set of weights per profile.
         log_radius = 0.7 + p["log_radius"].clamp(-4.0, 4.0)

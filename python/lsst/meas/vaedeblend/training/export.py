@@ -1,0 +1,330 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From a training run to the ONNX artefact and its card."""
+
+from __future__ import annotations
+
+__all__ = ["export_network", "figures_of_merit", "write_card"]
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import logging
+import os
+import subprocess
+import warnings
+from pathlib import Path
+
+import galsim
+import numpy as np
+import torch
+
+from ..network import Network, NetworkMetadata, embed_metadata
+from ..psf import gaussian_psf
+from .config import TrainingConfig
+from .fit import SceneData, VaeModule, _weights
+from .galaxies import MODEL_SIGMA, GalaxyBank
+from .networks import Deblender
+from .scenes import Cutouts, SceneComposer
+
+_LOG = logging.getLogger("lsst.meas.vaedeblend.training")
+
+MAX_RELATIVE_DIFFERENCE = 1e-4
+"""Largest difference of ONNX and torch that an export may show, relative to an output's largest value."""
+
+
+def _config_text(config: TrainingConfig) -> str:
+    buffer = io.StringIO()
+    config.saveToStream(buffer)
+    # The first lines name the class and its import; they are kept so that the text loads again.
+    return buffer.getvalue()
+
+
+def _git_commit() -> str:
+    here = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return "unknown"
+    return out.stdout.strip() if out.returncode == 0 else "unknown"
+
+
+def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs: list[str]) -> bytes:
+    """Serialize a module with a free batch size."""
+    batch = torch.export.Dim("N", min=1, max=65536)
+    # torch announces its own plans in warnings and prints; the user of an export has no use for them.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            example,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=tuple({0: batch} for _ in example),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    return program.model_proto.SerializeToString()
+
+
+def _check_agreement(path: Path, module: torch.nn.Module, decoder: torch.nn.Module, metadata) -> float:
+    """Largest relative difference between artefact and torch on random inputs, at two batch sizes."""
+    network = Network.load(path)
+    generator = torch.Generator().manual_seed(2)
+    b, s, length = len(metadata.bands), metadata.cutout_size, metadata.latent_size
+    worst = 0.0
+    for n in (1, 5):
+        noise = torch.exp(torch.randn(n, b, generator=generator))
+        image = 10 * noise[:, :, None, None] * torch.randn(n, b, s, s, generator=generator)
+        valid = (torch.rand(n, b, s, s, generator=generator) > 0.05).float()
+        moments = torch.tensor([2.5, 2.3, 0.1]) + 0.1 * torch.rand(n, b, 3, generator=generator)
+        epsilon = torch.randn(n, length, generator=generator)
+        with torch.no_grad():
+            expected = module(image, valid, noise, moments, epsilon)
+            drawn = decoder(expected[1])
+        found = network.deblend(*(t.numpy() for t in (image, valid, noise, moments, epsilon)))
+        pairs = [
+            (expected[0], found.model),
+            (expected[1], found.latent_mean),
+            (expected[2], found.latent_sigma),
+            (drawn, network.decoder.render(expected[1].numpy())),
+        ]
+        for a, c in pairs:
+            a, c = a.numpy().reshape(n, -1), np.asarray(c).reshape(n, -1)
+            worst = max(worst, float((np.abs(a - c).max(axis=1) / np.abs(a).max(axis=1)).max()))
+    return worst
+
+
+def _ksb(image: np.ndarray, psf: np.ndarray) -> tuple[float, float]:
+    """Shape of one image by galsim.hsm's KSB method, NaN where it fails."""
+    result = galsim.hsm.EstimateShear(
+        galsim.Image(np.ascontiguousarray(image, np.float32)),
+        galsim.Image(np.ascontiguousarray(psf, np.float32)),
+        shear_est="KSB",
+        strict=False,
+    )
+    if result.error_message or result.corrected_g1 < -5:
+        return np.nan, np.nan
+    return result.corrected_g1, result.corrected_g2
+
+
+def figures_of_merit(
+    network: Network, scenes: SceneData, bank: GalaxyBank, config: TrainingConfig, samples: int = 2048
+) -> dict[str, float]:
+    """Measure one pass of a network on blends of galaxies that it has not seen.
+
+    Parameters
+    ----------
+    network : `lsst.meas.vaedeblend.network.Network`
+    scenes : `SceneData`
+        Gives the PSFs and the survey.
+    bank : `GalaxyBank`
+        The test bank.
+    config : `TrainingConfig`
+    samples : `int`
+        Number of blends.
+
+    Returns
+    -------
+    figures : `dict` [`str`, `float`]
+        For sources with matched-filter S/N above 10 in the reference band (the middle one, rounded down),
+        centred at the true pixel, without later iterations or flux solve: ``flux_meanabs`` and ``flux_nmad``
+        of F / F_true - 1 with errors cut at 5; ``cosine_mean``, the mean cosine similarity in the model
+        frame; ``ellipticity_nmad`` and ``shear_response_m``, scatter and slope of the error of the KSB
+        ellipticity against the true one, galsim.hsm with the model frame's PSF.
+    """
+    composer = SceneComposer(bank, scenes.psfs, scenes.survey, config.scene, np.random.default_rng(5))
+    batch: Cutouts = next(composer.batches(samples))
+    output = network.deblend(batch.image, batch.valid.astype(np.float32), batch.noise, batch.psf_moments)
+    ref = len(config.bands) // 3
+    truth, model = batch.target[:, ref].astype(float), output.model[:, ref].astype(float)
+    m = batch.psf_moments[:, ref].astype(float)
+    area = 4 * np.pi * np.sqrt(m[:, 0] * m[:, 1] - m[:, 2] ** 2)
+    shape_area = truth.sum((1, 2)) ** 2 / np.maximum((truth**2).sum((1, 2)), 1e-30)
+    good = truth.sum((1, 2)) / (batch.noise[:, ref] * np.sqrt(area + shape_area)) > 10
+    truth, model = truth[good], model[good]
+    flux = model.sum((1, 2)) / truth.sum((1, 2)) - 1
+    cosine = (truth * model).sum((1, 2)) / np.sqrt((truth**2).sum((1, 2)) * (model**2).sum((1, 2)))
+    psf = gaussian_psf(MODEL_SIGMA, 25)
+    e_true = np.array([_ksb(t, psf) for t in truth])
+    error = np.array([_ksb(t, psf) for t in model]) - e_true
+    sound = np.isfinite(error + e_true).all(axis=1) & (np.hypot(*e_true.T) < 0.9) & (np.hypot(*error.T) < 1)
+    e_true, error = e_true[sound].ravel(), error[sound].ravel()
+    return {
+        "samples": int(good.sum()),
+        "reference_band": config.bands[ref],
+        "flux_meanabs": float(np.mean(np.minimum(np.abs(flux), 5))),
+        "flux_nmad": float(1.4826 * np.median(np.abs(flux - np.median(flux)))),
+        "cosine_mean": float(cosine.mean()),
+        "ellipticity_nmad": float(1.4826 * np.median(np.abs(error - np.median(error)))),
+        "shear_response_m": float(np.polyfit(e_true, error, 1)[0]),
+    }
+
+
+def export_network(
+    config: TrainingConfig,
+    data: str | os.PathLike,
+    run: str | os.PathLike,
+    out: str | os.PathLike,
+    command: str,
+    step: str = "deblender",
+) -> Path:
+    """Write NAME.onnx, NAME_decoder.onnx and the card NAME.md.
+
+    Parameters
+    ----------
+    config : `TrainingConfig`
+        The configuration that the run was made with.
+    data : path
+        The banks; the test bank measures the figures of merit.
+    run : path
+        The training run.
+    out : path
+        Directory of the files.
+    command : `str`
+        How the network was made, for the card.
+    step : `str`
+        The step whose checkpoint is exported.
+
+    Returns
+    -------
+    path : `pathlib.Path`
+        The deblender's file.
+
+    Raises
+    ------
+    RuntimeError
+        If the exported graphs do not agree with torch.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    scenes = SceneData(config, data, step, workers=0)
+    module = VaeModule(config, step, scenes.kernel_power())
+    checkpoint = Path(run) / step / "final.ckpt"
+    module.load_state_dict(_weights(checkpoint))
+    deblender = Deblender(module.encoder, module.decoder).eval().float()
+    # channels_last is for training; the graph is written in the plain layout.
+    deblender = deblender.to(memory_format=torch.contiguous_format)
+    survey, size = scenes.survey, config.scene.cutout_size
+    b, length = len(config.bands), config.network.latent_size
+    text = _config_text(config)
+    # Two standard deviations of the scatter between bands belong to the range that was seen often.
+    scatter = np.exp(2 * config.scene.noise_band_scatter)
+    low, high = config.scene.noise_range
+    metadata = NetworkMetadata(
+        name=config.name,
+        kind="deblender",
+        bands=tuple(config.bands),
+        pixel_scale=survey.pixel_scale,
+        cutout_size=size,
+        latent_size=length,
+        frame={"type": "gaussian", "sigma": MODEL_SIGMA},
+        centre=(size // 2, size // 2),
+        training_range={
+            "noise": {x.name: [x.noise * low / scatter, x.noise * high * scatter] for x in survey.bands},
+            "psf_fwhm": list(config.scene.psf_fwhm_range),
+        },
+        training={
+            "config": text,
+            "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "git_commit": _git_commit(),
+            "samples": {"prior": config.prior.samples, "deblender": config.deblender.samples},
+            "description": _describe(config),
+            "command": command,
+        },
+        figures_of_merit={},
+        licence="GPL-3.0-or-later",
+    )
+    example = (
+        torch.randn(3, b, size, size),
+        torch.ones(3, b, size, size),
+        torch.ones(3, b),
+        torch.tensor([2.0, 2.0, 0.0]).expand(3, b, 3).contiguous(),
+        torch.zeros(3, length),
+    )
+    with torch.no_grad():
+        graph = _to_onnx(
+            deblender,
+            example,
+            ["image", "valid", "noise", "psf_moments", "epsilon"],
+            ["model", "latent_mean", "latent_sigma"],
+        )
+        decoder_graph = _to_onnx(deblender.decoder, (torch.randn(3, length),), ["latent"], ["model"])
+    path, decoder_path = out / f"{config.name}.onnx", out / f"{config.name}_decoder.onnx"
+
+    def write(merit: dict) -> NetworkMetadata:
+        own = dataclasses.replace(metadata, figures_of_merit=merit)
+        path.write_bytes(embed_metadata(graph, own))
+        decoder_path.write_bytes(embed_metadata(decoder_graph, dataclasses.replace(own, kind="decoder")))
+        return own
+
+    write({})
+    difference = _check_agreement(path, deblender, deblender.decoder, metadata)
+    if difference > MAX_RELATIVE_DIFFERENCE:
+        raise RuntimeError(f"The exported graph differs from torch by {difference:.2g}, relative.")
+    merit = figures_of_merit(Network.load(path), scenes, GalaxyBank.load(Path(data) / "test.npz"), config)
+    merit["onnx_torch_difference"] = difference
+    merit["command"] = command
+    write_card(write(merit), out / f"{config.name}.md")
+    return path
+
+
+def _describe(config: TrainingConfig) -> str:
+    p, s = config.population, config.scene
+    source = "the embedded COSMOS-like model" if p.cosmos_directory is None else "a COSMOS catalogue"
+    return (
+        f"{p.n_train} galaxies of {source}, {p.mag_range[0]:g} < i < {p.mag_range[1]:g}, and stars, "
+        f"in fields of {s.density_range[0]:g} to {s.density_range[1]:g} sources per square arcmin; "
+        f"PSF FWHM {s.psf_fwhm_range[0]:g} to {s.psf_fwhm_range[1]:g} arcsec, ellipticity to "
+        f"{s.psf_max_ellipticity:g}; noise {s.noise_range[0]:g} to {s.noise_range[1]:g} times that of "
+        f"{config.survey}'s full exposure in surveycodex."
+    )
+
+
+def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
+    """Write the card of a network: what it is, what it was trained on, what was measured, and how."""
+    m, t = metadata, metadata.training
+    noise = ", ".join(f"{b} {lo:.2g}-{hi:.2g}" for b, (lo, hi) in m.training_range["noise"].items())
+    narrow, wide = m.training_range["psf_fwhm"]
+    size, pixel = m.cutout_size, [int(c) for c in m.centre]
+    lines = [
+        f"# {m.name}",
+        "",
+        f"Deblender for {' '.join(m.bands)} coadds at {m.pixel_scale:g} arcsec per pixel.",
+        "",
+        "| property | value |",
+        "|---|---|",
+        f"| cutout | {size} x {size} pixels, target in pixel {pixel} (y, x) |",
+        f"| latent variables | {m.latent_size} |",
+        f"| model frame | {m.frame['type']}, sigma {m.frame.get('sigma')} pixel |",
+        f"| PSF FWHM in training | {narrow:g} to {wide:g} arcsec |",
+        f"| noise in training (nJy per pixel) | {noise} |",
+        f"| samples | prior {t['samples']['prior']}, deblender {t['samples']['deblender']} |",
+        f"| training configuration (sha256) | {t['config_sha256']} |",
+        f"| code | {t['git_commit']} |",
+        f"| licence | {m.licence} |",
+        "",
+        f"Training set: {t['description']}",
+        "",
+        "Made and measured by",
+        "",
+        "```",
+        t["command"],
+        "```",
+        "",
+        "One pass on blends of galaxies held out from training, at the true pixel, no flux solve:",
+        "",
+        "| figure | value |",
+        "|---|---|",
+    ]
+    for key, value in m.figures_of_merit.items():
+        if key != "command":
+            lines.append(f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |")
+    Path(path).write_text("\n".join(lines) + "\n")
