@@ -1,0 +1,23 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lsst.meas.vaedeblend.network import Network
+from synthetic import write_network
+
+
+@pytest.fixture(scope="session")
+def network_path(tmp_path_factory) -> Path:
+    """A synthetic deblender in gri with 64 pixel cutouts; its decoder is beside it."""
+    return write_network(tmp_path_factory.mktemp("network"))
+
+
+@pytest.fixture(scope="session")
+def network(network_path) -> Network:
+    """The same, loaded."""
+    return Network.load(network_path, threads=1)
