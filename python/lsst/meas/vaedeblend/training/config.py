@@ -58,8 +58,8 @@ class FitConfig(Config):
     )
     weight_decay = Field[float]("Weight decay of AdamW.", default=1e-3)
     gradient_clip = Field[float]("Largest norm of the gradient.", default=5.0)
-    kl_weight = Field[float]("Beta, the weight of the Kullback-Leibler divergence.", default=0.05)
-    flux_weight = Field[float]("Weight of the flux term.", default=1.0)
+    kl_weight = Field[float]("Beta, the weight of the Kullback-Leibler divergence.", default=0.02)
+    flux_weight = Field[float]("Weight of the flux term.", default=0.3)
     validation_batches = Field[int]("Batches of the fixed validation sample.", default=8)
     validation_every = Field[int]("Steps between validations.", default=200)
     precision = ChoiceField[str](

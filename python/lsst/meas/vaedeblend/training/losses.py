@@ -69,11 +69,11 @@ def flux_loss(log_flux: Tensor, target_flux: Tensor, noise: Tensor, area: float 
     """Error of the log fluxes in units of their uncertainty, robust to outliers; (N, B).
 
     The uncertainty is that of a matched filter over ``area`` square pixels in
-    background noise, with a floor of 2 percent, so that the flux of bright
+    background noise, with a floor of 5 percent, so that the flux of bright
     sources does not rule the loss.
     """
     target = target_flux.clamp(min=1e-3)
-    sigma = torch.sqrt((noise * area**0.5 / target).square() + 0.02**2)
+    sigma = torch.sqrt((noise * area**0.5 / target).square() + 0.05**2)
     error = (log_flux - torch.log(target)) / sigma
     return functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=2.0)
 

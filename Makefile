@@ -1,0 +1,36 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# Both commands set up what they need on a fresh machine, in a virtual environment of their own:
+#   make demo    simulate a patch, deblend it under pipetask, draw it
+#   make test    lint and run every test that needs no LSST stack
+
+PYTHON ?= python3.12
+VENV ?= .venv
+DEMO ?= demo
+
+# Many small arrays: threads of one process would only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.runtime
+	$(VENV)/bin/vaedeblend demo $(DEMO)
+
+test: $(VENV)/.test
+	$(VENV)/bin/ruff check python tests config
+	$(VENV)/bin/python -m pytest -n 2 -m "not stack"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,evaluate]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO)
