@@ -37,6 +37,7 @@ __all__ = [
     "SourceModels",
     "add_cutouts",
     "cut_out",
+    "overlaps",
     "redistribute",
     "render",
     "unit_shapes",
@@ -417,7 +418,7 @@ class ParentSummary:
         return len(self.id)
 
 
-def _overlaps(
+def overlaps(
     corner_y: ArrayLike, corner_x: ArrayLike, size: int, shape: tuple[int, int]
 ) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
     """Match cutouts with the scene: index, window of the scene, window of the cutout; none if they miss it."""
@@ -440,7 +441,7 @@ def add_cutouts(total: NDArray, cutouts: NDArray, corner_y: ArrayLike, corner_x:
     corner_y, corner_x : array_like, (N,)
         The pixel of the image on which pixel [0, 0] of each cutout lies.
     """
-    for i, outer, inner in _overlaps(corner_y, corner_x, cutouts.shape[-1], total.shape[-2:]):
+    for i, outer, inner in overlaps(corner_y, corner_x, cutouts.shape[-1], total.shape[-2:]):
         total[:, *outer] += cutouts[i][:, *inner]
 
 
@@ -462,7 +463,7 @@ def cut_out(image: NDArray, corner_y: ArrayLike, corner_x: ArrayLike, size: int)
         The cutouts, 0 beyond the image's border.
     """
     out = np.zeros((len(np.asarray(corner_y)), len(image), size, size), image.dtype)
-    for i, outer, inner in _overlaps(corner_y, corner_x, size, image.shape[-2:]):
+    for i, outer, inner in overlaps(corner_y, corner_x, size, image.shape[-2:]):
         out[i][:, *inner] = image[:, *outer]
     return out
 
