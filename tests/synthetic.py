@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Networks and scenes of known behaviour, for the tests.
 
-The synthetic network keeps the contract of a trained one but is analytic: it takes the object in the middle of a
-cutout for a round Gaussian, measures its place, size and fluxes with weighted moments, and returns that Gaussian
-without its PSF. On scenes of Gaussian galaxies, which `make_scene` makes, it deblends usefully.
+The synthetic network keeps the contract of a trained one but is analytic: it takes the object in the middle
+of a cutout for a round Gaussian, measures its place, size and fluxes with weighted moments, and returns that
+Gaussian without its PSF. On scenes of Gaussian galaxies, which `make_scene` makes, it deblends usefully.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def deblender_bytes(
 ) -> bytes:
     """Serialize the synthetic deblender, without metadata.
 
-    ``nan_above`` makes the output NaN for objects with a flux above it in the first band (nJy); ``empty`` makes all
-    models 0. Without the input ``psf_moments`` the PSF is taken for one of sigma 1.5 pixel.
+    ``nan_above`` makes the output NaN for objects with a flux above it in the first band (nJy); ``empty``
+    makes all models 0. Without the input ``psf_moments`` the PSF is taken for one of sigma 1.5 pixel.
     """
     b, s, length, (cy, cx) = len(meta.bands), meta.cutout_size, meta.latent_size, meta.centre
     g = _Graph()
@@ -127,7 +127,11 @@ def deblender_bytes(
         return g("ReduceSum", g("Mul", source, kernel), g.axes(*axes), keepdims=0)
 
     total = g("ReduceSum", image, g.axes(1), keepdims=0)
-    floor = g("Mul", g("ReduceSum", "noise", g.axes(1), keepdims=0), 1.0) if "noise" in inputs else g.constant(1e-3)
+    floor = (
+        g("Mul", g("ReduceSum", "noise", g.axes(1), keepdims=0), 1.0)
+        if "noise" in inputs
+        else g.constant(1e-3)
+    )
     norm = g("Max", moment(window, total, 1, 2), floor)
     mean_x = g("Div", moment(window * dx, total, 1, 2), norm)
     mean_y = g("Div", moment(window * dy, total, 1, 2), norm)
@@ -144,10 +148,13 @@ def deblender_bytes(
     flux = g("Mul", moment(window, image, 2, 3), g("Unsqueeze", g("Mul", gain, boost), g.axes(1)))
     flux = g("Relu", flux)
     if "psf_moments" in inputs:
-        round_psf = g("ReduceMean", g("Slice", "psf_moments", g.axes(0), g.axes(2), g.axes(2)), g.axes(1, 2), keepdims=0)
+        round_psf = g(
+            "ReduceMean", g("Slice", "psf_moments", g.axes(0), g.axes(2), g.axes(2)), g.axes(1, 2), keepdims=0
+        )
     else:
         round_psf = g.constant(1.5**2 + _PIXEL)
-    # The model frame's PSF is narrower than the scene's: its pixel-integrated Gaussian takes that one's place.
+    # The model frame's PSF is narrower than the scene's: its pixel-integrated Gaussian takes that one's
+    # place.
     var = g("Max", g("Add", g("Sub", var, round_psf), SIGMA**2 + _PIXEL), SIGMA**2 + _PIXEL)
     parts = [g("Unsqueeze", v, g.axes(1)) for v in (off_x, off_y, var)]
     mean = g("Concat", *parts, flux, axis=1)
@@ -287,7 +294,9 @@ def make_scene(
     clean = ndimage.gaussian_filter(image.sum(axis=0), psf_sigma.mean())
     image += np.random.default_rng(seed).normal(0.0, noise, image.shape)
     variance = np.full(image.shape, noise**2)
-    chosen = np.arange(len(x)) if peaks is True else np.array([], int) if peaks is False else np.asarray(peaks)
+    chosen = (
+        np.arange(len(x)) if peaks is True else np.array([], int) if peaks is False else np.asarray(peaks)
+    )
     given = np.stack([x[chosen], y[chosen]], axis=1)
     if one_parent:
         parents = [Parent(1, 0, 0, np.ones(shape, bool), given)]

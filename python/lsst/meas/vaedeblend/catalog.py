@@ -32,7 +32,7 @@ SOURCE_FLAGS: dict[str, str] = {
     "masked_centre": "The pixel of the peak is masked in a band",
     "peak_outside": "The peak lies outside the image; there is no model",
     "masked": "The parent has no valid pixel; there is no model",
-    "too_many_peaks": "The parent has more peaks than allowed and this one is not among the brightest: no model",
+    "too_many_peaks": "Not among the brightest peaks of a parent that has more than allowed; there is no model",
     "not_finite": "The network's output was not finite, or empty",
     "fallback": "No model from the network: a point source and its share of what the image holds instead",
     "no_psf": "A PSF is missing here and that of the nearest cell was used, or its band has none",
@@ -97,8 +97,8 @@ def object_table(
     parents : `ParentSummary`
         Their parents.
     sky : callable, optional
-        Takes arrays of tract pixels x, y to arrays of right ascension and declination, degree. Without it there
-        are no coordinates on the sky.
+        Takes arrays of tract pixels x, y to arrays of right ascension and declination, degree. Without it
+        there are no coordinates on the sky.
     band : `str`, optional
         Band in which shapes are measured, by default that of `reference_band`.
 
@@ -136,9 +136,19 @@ def object_table(
         ]
     for i, name in enumerate(sources.bands):
         columns += [
-            (f"{name}_flux", sources.flux[:, i], "nJy", f"Flux of the model in {name}, solved with its siblings"),
+            (
+                f"{name}_flux",
+                sources.flux[:, i],
+                "nJy",
+                f"Flux of the model in {name}, solved with its siblings",
+            ),
             (f"{name}_fluxErr", sources.flux_err[:, i], "nJy", f"Standard deviation of the flux in {name}"),
-            (f"{name}_fluxNetwork", sources.flux_network[:, i], "nJy", f"Flux that the network itself gave in {name}"),
+            (
+                f"{name}_fluxNetwork",
+                sources.flux_network[:, i],
+                "nJy",
+                f"Flux that the network itself gave in {name}",
+            ),
         ]
     moments = adaptive_moments(sources.model_frame[:, sources.bands.index(band)])
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -152,12 +162,22 @@ def object_table(
         ("shape_xy", moments[:, 2], "pix2", f"Adaptive second moment Ixy {where}"),
         ("shape_e1", e1, "", f"Ellipticity (Ixx - Iyy) / (Ixx + Iyy) {where}"),
         ("shape_e2", e2, "", f"Ellipticity 2 Ixy / (Ixx + Iyy) {where}"),
-        ("deblend_posteriorWidth", posterior.mean(axis=1), "", "Mean width of the posterior over the latents"),
+        (
+            "deblend_posteriorWidth",
+            posterior.mean(axis=1),
+            "",
+            "Mean width of the posterior over the latents",
+        ),
         ("deblend_posteriorWidthMax", posterior.max(axis=1, initial=0), "", "Largest width of the posterior"),
         ("deblend_peak_center_x", sources.peak_x + x0, "pix", "The peak, tract pixel column"),
         ("deblend_peak_center_y", sources.peak_y + y0, "pix", "The peak, tract pixel row"),
         ("deblend_iteration", sources.iteration, "", "Iteration that accepted the source; 0 for first peaks"),
-        ("deblend_iterations", parents.iterations[of_parent], "", "Times the parent went through the network"),
+        (
+            "deblend_iterations",
+            parents.iterations[of_parent],
+            "",
+            "Times the parent went through the network",
+        ),
         ("deblend_nPeaks", parents.n_peaks[of_parent], "", "Peaks that the parent started from"),
         ("deblend_nChild", parents.n_child[of_parent], "", "Sources that the parent has"),
         ("deblend_chi2", sources.chi2, "", "Mean of squared residual over variance, weighted with the model"),

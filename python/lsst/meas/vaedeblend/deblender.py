@@ -4,8 +4,8 @@
 
 Peak detection and peak-centred deblending alternate, as Arcelin et al. (2021, MNRAS 500, 531, section 5.1)
 propose. The residual is always the original image minus the current models of all sources. All parents of a
-scene share the batches that go through the network, and a source never loses its row: what went wrong with it is
-in its flags.
+scene share the batches that go through the network, and a source never loses its row: what went wrong with it
+is in its flags.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
     Parameters
     ----------
     scene : `Scene`
-        The scene; its bands are brought into the network's order, and those the network does not know left out.
+        The scene; its bands are brought into the network's order, and those the network does not know left
+        out.
     network : `Network`
         The network.
     config : `DeblendConfig`, optional
@@ -166,7 +167,9 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
     config = DeblendConfig() if config is None else config
     bands = network.metadata.bands
     if not set(bands) & set(scene.bands):
-        raise ValueError(f"The scene has bands {list(scene.bands)}, the network {list(bands)}: none in common.")
+        raise ValueError(
+            f"The scene has bands {list(scene.bands)}, the network {list(bands)}: none in common."
+        )
     scene = scene.reordered(bands, allow_missing=config.allow_missing_bands)
     if not config.allow_other_pixel_scale:
         network.check(pixel_scale=scene.pixel_scale)
@@ -183,8 +186,8 @@ def joint_fluxes(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Solve for the non-negative fluxes of overlapping sources.
 
-    Minimises f^T N f - 2 b^T f + w sum_i N_ii (f_i - p_i)^2 over f >= 0 in each band, N and b being the normal matrix
-    and right-hand side of weighted linear least squares, p the prior and w its weight.
+    Minimises f^T N f - 2 b^T f + w sum_i N_ii (f_i - p_i)^2 over f >= 0 in each band, N and b being the
+    normal matrix and right-hand side of weighted linear least squares, p the prior and w its weight.
 
     Parameters
     ----------
@@ -200,12 +203,13 @@ def joint_fluxes(
     Returns
     -------
     flux, error : `numpy.ndarray`, (B, K)
-        Fluxes and standard deviations, nJy. Those of a source at zero are conditional on its neighbours. Both are
-        NaN for a source without data.
+        Fluxes and standard deviations, nJy. Those of a source at zero are conditional on its neighbours. Both
+        are NaN for a source without data.
     """
     diagonal = np.diagonal(normal, axis1=1, axis2=2)
     data = diagonal > 0
-    # In units of each source's own error the matrix has a unit diagonal. A source without data is one by itself.
+    # In units of each source's own error the matrix has a unit diagonal. A source without data is one by
+    # itself.
     scale = 1.0 / np.sqrt(np.where(data, diagonal, 1.0))
     known = np.isfinite(prior)
     weight = np.where(known, prior_weight, 0.0)
@@ -225,15 +229,12 @@ def joint_fluxes(
     except np.linalg.LinAlgError:
         solution, plain = np.zeros_like(vector), np.zeros(len(vector), bool)
     for band in np.flatnonzero(~plain):
-        solution[band], positive = _nonnegative(matrix[band], vector[band])
-        if positive.any():
-            inverse = np.linalg.pinv(matrix[band][np.ix_(positive, positive)], hermitian=True)
-            deviation[band, positive] = np.sqrt(np.maximum(np.diagonal(inverse), 0.0))
+        solution[band], deviation[band] = _nonnegative(matrix[band], vector[band])
     return np.where(data, solution * scale, np.nan), np.where(data, deviation * scale, np.nan)
 
 
-def _nonnegative(matrix: NDArray, vector: NDArray) -> tuple[NDArray, NDArray[np.bool_]]:
-    """Minimise x^T M x / 2 - v^T x over x >= 0; return x and where it is positive."""
+def _nonnegative(matrix: NDArray, vector: NDArray) -> tuple[NDArray, NDArray]:
+    """Minimise x^T M x / 2 - v^T x over x >= 0, M with a unit diagonal; return x and its standard deviations."""
     try:
         factor = scipy.linalg.cholesky(matrix, check_finite=False)
     except np.linalg.LinAlgError:
@@ -242,10 +243,12 @@ def _nonnegative(matrix: NDArray, vector: NDArray) -> tuple[NDArray, NDArray[np.
         matrix = (vectors * np.maximum(values, 1e-6)) @ vectors.T
         factor = scipy.linalg.cholesky(matrix, check_finite=False)
     half = scipy.linalg.solve_triangular(factor, vector, trans=1, check_finite=False)
-    solution = scipy.linalg.solve_triangular(factor, half, check_finite=False)
-    if (solution < 0).any():
-        solution, _ = scipy.optimize.nnls(factor, half, maxiter=10 * len(vector) + 100)
-    return solution, solution > 0
+    solution, _ = scipy.optimize.nnls(factor, half, maxiter=10 * len(vector) + 100)
+    deviation = np.ones(len(vector))
+    positive = solution > 0
+    inverse = np.linalg.inv(matrix[np.ix_(positive, positive)])
+    deviation[positive] = np.sqrt(np.diagonal(inverse))
+    return solution, deviation
 
 
 @dataclasses.dataclass(eq=False)
@@ -338,7 +341,8 @@ class _Procedure:
         self.crowded = np.zeros(0, bool)
         self.residual = scene.image.copy()
 
-    # Start ---------------------------------------------------------------------------------------------------
+    # Start
+    # ---------------------------------------------------------------------------------------------------
 
     def _new_rows(self, peaks: NDArray, parent: NDArray, given: bool, iteration: int) -> _Rows:
         """Make rows for peaks, with what does not depend on the network."""
@@ -470,7 +474,8 @@ class _Procedure:
         self.parent_flags["no_peak"][p] = True
         return found
 
-    # One pass ------------------------------------------------------------------------------------------------
+    # One pass
+    # ------------------------------------------------------------------------------------------------
 
     def _members(self, parents: list[int]) -> list[NDArray[np.int64]]:
         """Rows of the sources that are deblended, by parent."""
@@ -486,8 +491,8 @@ class _Procedure:
     def _subtract(self) -> None:
         """Compute the residual afresh: the original image minus all current models.
 
-        Between two such computations the residual follows every change of a model; this one rids it of what rounding
-        has left, so that a state that was put back has exactly the residual it had.
+        Between two such computations the residual follows every change of a model; this one rids it of what
+        rounding has left, so that a state that was put back has exactly the residual it had.
         """
         r = self.rows
         self.residual = self.scene.image.copy()
@@ -589,24 +594,24 @@ class _Procedure:
         diagonal = np.einsum("kbp,kbp->bk", weighted.reshape(flat), shapes.reshape(flat))
         squares = np.einsum("kbp,kbp->bk", shapes.reshape(flat), shapes.reshape(flat))
         # Where only the far wings of a model are valid, its flux would be a wild extrapolation.
-        valid_squares = np.einsum(
-            "kbp,kbp->bk", (shapes * (weight > 0)).reshape(flat), shapes.reshape(flat)
-        )
+        valid_squares = np.einsum("kbp,kbp->bk", (shapes * (weight > 0)).reshape(flat), shapes.reshape(flat))
         measured = (valid_squares > _MIN_COVERAGE * squares) & (diagonal > 0)
-        for i in range(k):
-            normal[:, i, i] = diagonal[:, i]
-            for j in range(i + 1, k):
-                dy, dx = (corner[j] - corner[i]).tolist()
-                if abs(dy) < s and abs(dx) < s:
-                    a = weighted[i][:, max(dy, 0) : s + min(dy, 0), max(dx, 0) : s + min(dx, 0)]
-                    b = shapes[j][:, max(-dy, 0) : s + min(-dy, 0), max(-dx, 0) : s + min(-dx, 0)]
-                    normal[:, i, j] = normal[:, j, i] = np.einsum("byx,byx->b", a, b)
+        first, second = np.triu_indices(k, 1)
+        shift = corner[second] - corner[first]
+        near = (np.abs(shift) < s).all(axis=1)
+        for i, j, (dy, dx) in zip(
+            first[near].tolist(), second[near].tolist(), shift[near].tolist(), strict=True
+        ):
+            a = weighted[i, :, max(dy, 0) : s + min(dy, 0), max(dx, 0) : s + min(dx, 0)]
+            b = shapes[j, :, max(-dy, 0) : s + min(-dy, 0), max(-dx, 0) : s + min(-dx, 0)]
+            normal[:, i, j] = normal[:, j, i] = np.einsum("byx,byx->b", a, b)
+        index = np.arange(k)
+        normal[:, index, index] = diagonal
         left = cut_out(self.residual, corner[:, 0], corner[:, 1], s)
         old = r.flux[rows].T
         # The data are the residual plus the members' own models: b = <w s, residual> + N f.
         rhs = np.einsum("kbp,kbp->bk", weighted.reshape(flat), left.reshape(flat), dtype=np.float64)
         rhs += np.einsum("bij,bj->bi", normal, old)
-        index = np.arange(k)
         for band in range(bands):
             normal[band][:, ~measured[band]] = 0.0
             normal[band][~measured[band]] = 0.0
@@ -617,7 +622,8 @@ class _Procedure:
         self._change(rows, new - r.flux[rows])
         r.flux[rows], r.error[rows], r.measured[rows] = new, error, measured.T
 
-    # Refinement and new peaks --------------------------------------------------------------------------------
+    # Refinement and new peaks
+    # --------------------------------------------------------------------------------
 
     def _improve(self, parents: list[int]) -> list[int]:
         """Another pass for some parents; return those that got better and have not settled.
@@ -676,7 +682,9 @@ class _Procedure:
             found = self._candidates(p, total, own, tree)
             if len(found):
                 window, _ = self.windows[p]
-                softened = self.scene.variance[:, *window] + (self.config.model_error * total[:, *window]) ** 2
+                softened = (
+                    self.scene.variance[:, *window] + (self.config.model_error * total[:, *window]) ** 2
+                )
                 weight = np.where(self.valid[:, *window], 1.0 / softened, 0.0)
                 trials.append((p, own, found, weight, self._chi2(p, weight)))
         if not trials:
@@ -719,8 +727,8 @@ class _Procedure:
     def _worth(self, rows: NDArray[np.int64], p: int | None = None, weight: NDArray | None = None) -> NDArray:
         """By how much chi-square would rise if a source were removed and the others solved for again.
 
-        In linear least squares that is exactly the square of flux over standard deviation. With softened weights on
-        a parent's window, what the source can bring there bounds it.
+        In linear least squares that is exactly the square of flux over standard deviation. With softened
+        weights on a parent's window, what the source can bring there bounds it.
         """
         r = self.rows
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -729,7 +737,9 @@ class _Procedure:
             (ys, xs), _ = self.windows[p]
             corner = r.corner[rows] - [ys.start, xs.start]
             soft = cut_out(weight.astype(np.float32), corner[:, 0], corner[:, 1], self.size)
-            worth = np.minimum(worth, r.flux[rows] ** 2 * np.einsum("kbyx,kbyx->kb", r.image[rows] ** 2, soft))
+            worth = np.minimum(
+                worth, r.flux[rows] ** 2 * np.einsum("kbyx,kbyx->kb", r.image[rows] ** 2, soft)
+            )
         return np.nan_to_num(worth).sum(axis=1)
 
     def _weed(self, p: int, new: NDArray[np.int64], weight: NDArray) -> None:
@@ -772,7 +782,8 @@ class _Procedure:
             self._solve(members[members != weakest])
             self.rejected[p].append(r.peak[weakest])
 
-    # The whole -----------------------------------------------------------------------------------------------
+    # The whole
+    # -----------------------------------------------------------------------------------------------
 
     def run(self) -> DeblendResult:
         """Run the procedure."""
@@ -788,7 +799,9 @@ class _Procedure:
             moving = self._improve(moving)
             open_ = self._try_peaks(open_, iteration)
             moving = sorted(set(moving) | set(open_))
-            _LOG.debug("Iteration %d: %d parents gained sources, %d not settled.", iteration, len(open_), len(moving))
+            _LOG.debug(
+                "Iteration %d: %d parents gained sources, %d not settled.", iteration, len(open_), len(moving)
+            )
         if self.config.max_iterations > 0:
             self.parent_flags["no_convergence"][sorted(set(moving) | set(open_))] = True
         self._subtract()
@@ -814,8 +827,8 @@ class _Procedure:
     def _fall_back(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Give sources without a model from the network what the image holds, (K, B, S, S).
 
-        What the residual shows above the noise inside the parent's footprint goes to the nearest of the parent's
-        sources of this kind, on top of the point source that each of them is.
+        What the residual shows above the noise inside the parent's footprint goes to the nearest of the
+        parent's sources of this kind, on top of the point source that each of them is.
         """
         r = self.rows
         out = np.zeros((len(rows), *r.image.shape[1:]), np.float32)
@@ -883,7 +896,9 @@ class _Procedure:
             extra = self._fall_back(rows[failed])
             weight = cut_out(self.weight, corner[failed, 0], corner[failed, 1], self.size)
             taken = (extra != 0) & (weight > 0)
-            variance = np.divide(1.0, weight, out=np.zeros_like(weight), where=taken).sum(axis=(2, 3), dtype=float)
+            variance = np.divide(1.0, weight, out=np.zeros_like(weight), where=taken).sum(
+                axis=(2, 3), dtype=float
+            )
             extra *= measured[failed][:, :, None, None]
             observed[failed] += extra
             flux[failed] += extra.sum(axis=(2, 3), dtype=float)

@@ -57,8 +57,8 @@ def unit_shapes(models: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.floa
     Returns
     -------
     shapes : `numpy.ndarray`, (N, B, S, S)
-        Shapes with sum 1 in each band. A band whose model has no flux worth the name (a sum below a tenth of the
-        sum of its absolute values) takes the mean shape of the other bands.
+        Shapes with sum 1 in each band. A band whose model has no flux worth the name (a sum below a tenth of
+        the sum of its absolute values) takes the mean shape of the other bands.
     flux : `numpy.ndarray`, (N, B)
         Sums of the models, nJy.
     sound : `numpy.ndarray`, (N,)
@@ -81,8 +81,8 @@ class Renderer:
     metadata : `NetworkMetadata`
         Of the network or decoder whose models are rendered.
     psf : `PsfGrid`
-        PSFs of the scene in the network's bands. Missing stamps are taken from the nearest cell; a band without
-        any stamp renders as 0.
+        PSFs of the scene in the network's bands. Missing stamps are taken from the nearest cell; a band
+        without any stamp renders as 0.
     """
 
     def __init__(self, metadata: NetworkMetadata, psf: PsfGrid) -> None:
@@ -209,8 +209,8 @@ class SourceModels:
         Total flux of the model, jointly solved for, its standard deviation, and the network's own flux, nJy.
         NaN where there was nothing to measure it on.
     model_frame, observed : `numpy.ndarray`, (N, B, S, S)
-        Models with the solved flux, in the network's frame and as the coadd shows them, nJy, float32; 0 where the
-        flux is NaN.
+        Models with the solved flux, in the network's frame and as the coadd shows them, nJy, float32; 0 where
+        the flux is NaN.
     flags : `dict` [`str`, `numpy.ndarray`]
         Flags by name, (N,) each; `lsst.meas.vaedeblend.catalog.FLAGS` explains them.
     blendedness : `numpy.ndarray`, (N,)
@@ -218,7 +218,8 @@ class SourceModels:
     data_coverage : `numpy.ndarray`, (N,)
         Part of the model's flux, mean over bands, that lies on valid pixels.
     chi2 : `numpy.ndarray`, (N,)
-        Mean over the valid pixels, weighted with the model's share of the flux, of squared residual over variance.
+        Mean over the valid pixels, weighted with the model's share of the flux, of squared residual over
+        variance.
     """
 
     bands: tuple[str, ...]
@@ -256,8 +257,8 @@ class SourceModels:
         Returns
         -------
         table : `astropy.table.Table`
-            One row per source: identifiers, place in tract pixels, latents, fluxes, and the network by name and
-            checksum. A few hundred bytes per row.
+            One row per source: identifiers, place in tract pixels, latents, fluxes, and the network by name
+            and checksum. A few hundred bytes per row.
         """
         from astropy import units as u
         from astropy.table import Column, Table
@@ -308,8 +309,8 @@ class SourceModels:
         Returns
         -------
         models : `SourceModels`
-            The sources with their images. What the table does not hold is NaN. A source that fell back to what the
-            image holds comes back as a point source of its flux.
+            The sources with their images. What the table does not hold is NaN. A source that fell back to
+            what the image holds comes back as a point source of its flux.
 
         Raises
         ------
@@ -422,7 +423,9 @@ def overlaps(
     corner_y: ArrayLike, corner_x: ArrayLike, size: int, shape: tuple[int, int]
 ) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
     """Match cutouts with the scene: index, window of the scene, window of the cutout; none if they miss it."""
-    for i, (y, x) in enumerate(zip(np.asarray(corner_y).tolist(), np.asarray(corner_x).tolist(), strict=True)):
+    for i, (y, x) in enumerate(
+        zip(np.asarray(corner_y).tolist(), np.asarray(corner_x).tolist(), strict=True)
+    ):
         y1, y2 = max(y, 0), min(y + size, shape[0])
         x1, x2 = max(x, 0), min(x + size, shape[1])
         if y1 < y2 and x1 < x2:
@@ -491,8 +494,8 @@ def render(models: SourceModels, shape: tuple[int, int]) -> NDArray[np.float32]:
 def redistribute(scene: Scene, models: SourceModels, footprints: bool = True) -> NDArray[np.float32]:
     """Share out the image among the sources in proportion to their models.
 
-    Each pixel's value is divided as the positive parts of the models there are, so that no flux is lost where any
-    model has some; what measurement sees of scarlet's models is made the same way (Melchior et al. 2018,
+    Each pixel's value is divided as the positive parts of the models there are, so that no flux is lost where
+    any model has some; what measurement sees of scarlet's models is made the same way (Melchior et al. 2018,
     Astronomy and Computing 24, 129).
 
     Parameters
@@ -502,8 +505,8 @@ def redistribute(scene: Scene, models: SourceModels, footprints: bool = True) ->
     models : `SourceModels`
         The sources.
     footprints : `bool`, optional
-        Whether a source's image ends at its parent's footprint. Beyond it the models are faint and would share out
-        noise.
+        Whether a source's image ends at its parent's footprint. Beyond it the models are faint and would
+        share out noise.
 
     Returns
     -------

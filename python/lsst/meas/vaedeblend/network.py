@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The ONNX artefact: its contract, loading, checking and running.
 
-One file holds what one network needs at run time. Images go in and out in nJy per pixel, every normalisation is
-inside the graph, and what the runtime must know about it (bands in order, pixel scale, cutout size, frame of the
-model ...) is a JSON document among the file's metadata, `NetworkMetadata`. Nothing of a file is believed before
-it has been checked, and every check that fails raises `NetworkError` with both sides in its message.
+One file holds what one network needs at run time. Images go in and out in nJy per pixel, every normalisation
+is inside the graph, and what the runtime must know about it (bands in order, pixel scale, cutout size, frame
+of the model ...) is a JSON document among the file's metadata, `NetworkMetadata`. Nothing of a file is
+believed before it has been checked, and every check that fails raises `NetworkError` with both sides in its
+message.
 
 Inputs of a deblender: ``image`` (N, B, S, S) nJy, ``valid`` (N, B, S, S) 0 or 1, ``noise`` (N, B) nJy,
-``psf_moments`` (N, B, 3) pixel^2, ``epsilon`` (N, L); a graph may leave out any of them but ``image``. Outputs:
-``model`` (N, B, S, S) nJy, ``latent_mean`` and ``latent_sigma`` (N, L). A decoder takes ``latent`` (N, L) to
-``model``.
+``psf_moments`` (N, B, 3) pixel^2, ``epsilon`` (N, L); a graph may leave out any of them but ``image``.
+Outputs: ``model`` (N, B, S, S) nJy, ``latent_mean`` and ``latent_sigma`` (N, L). A decoder takes ``latent``
+(N, L) to ``model``.
 """
 
 from __future__ import annotations
@@ -226,8 +227,9 @@ class NetworkMetadata:
         (y, x) pixel index of the cutout within half a pixel of which the target lies; half-integers mean a
         corner of pixels.
     training_range : `dict`
-        ``{"noise": {band: [low, high]}, "psf_fwhm": [low, high]}``: background standard deviation per pixel in
-        nJy and FWHM in arcsec that the network has seen. Either may be missing if the network has no range.
+        ``{"noise": {band: [low, high]}, "psf_fwhm": [low, high]}``: background standard deviation per pixel
+        in nJy and FWHM in arcsec that the network has seen. Either may be missing if the network has no
+        range.
     training : `dict`
         Configuration, its hash, git commit, number of samples, description of the training set, command.
     figures_of_merit : `dict`
@@ -298,7 +300,9 @@ class NetworkMetadata:
         for key in ("frame", "training_range", "training", "figures_of_merit"):
             check(key, isinstance(getattr(self, key), dict), "an object")
         gaussian = (
-            self.frame.get("type") == "gaussian" and number(self.frame.get("sigma")) and self.frame["sigma"] > 0
+            self.frame.get("type") == "gaussian"
+            and number(self.frame.get("sigma"))
+            and self.frame["sigma"] > 0
         )
         fwhm = self.frame.get("fwhm")
         observed = (
@@ -359,7 +363,9 @@ class NetworkMetadata:
         except ValueError as err:
             raise NetworkError(f"{source}: the metadata are not JSON: {err}.") from err
         if not isinstance(document, dict):
-            raise NetworkError(f"{source}: the metadata should be an object, found {type(document).__name__}.")
+            raise NetworkError(
+                f"{source}: the metadata should be an object, found {type(document).__name__}."
+            )
         # A newer contract may have other keys: say so before complaining about any of them.
         if document.get("contract") != CONTRACT_VERSION:
             raise NetworkError(
@@ -487,7 +493,9 @@ def _session(model: bytes, source: str, providers: Sequence[str], require: bool,
         raise NetworkError("No execution provider was asked for; 'CPUExecutionProvider' is always there.")
     available = onnxruntime.get_available_providers()
     if require and providers[0] not in available:
-        raise NetworkError(f"Execution provider {providers[0]!r} is required, this onnxruntime has {available}.")
+        raise NetworkError(
+            f"Execution provider {providers[0]!r} is required, this onnxruntime has {available}."
+        )
     wanted = [p for p in providers if p in available]
     if "CPUExecutionProvider" not in wanted:
         wanted.append("CPUExecutionProvider")
@@ -504,7 +512,9 @@ def _session(model: bytes, source: str, providers: Sequence[str], require: bool,
     # A provider that is compiled in may still fail to start, and onnxruntime then silently takes the next.
     if used != providers[0]:
         if require:
-            raise NetworkError(f"Execution provider {providers[0]!r} is required, onnxruntime started {used!r}.")
+            raise NetworkError(
+                f"Execution provider {providers[0]!r} is required, onnxruntime started {used!r}."
+            )
         _LOG.warning("Execution provider %s was asked for, %s is in use.", providers[0], used)
     return session
 
@@ -547,7 +557,9 @@ def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tupl
     pairs += [(found[name], shape) for name, shape in outputs.items()]
     for tensor, shape in pairs:
         if tensor.type != "tensor(float)":
-            raise NetworkError(f"{source}: {tensor.name} should be tensor(float), the graph has {tensor.type}.")
+            raise NetworkError(
+                f"{source}: {tensor.name} should be tensor(float), the graph has {tensor.type}."
+            )
         dims = tensor.shape
         # A dimension without a number is free; the first one has to be.
         same = len(dims) == len(shape) + 1 and not isinstance(dims[0], int)
@@ -605,7 +617,9 @@ class _Artefact:
         self.provider: str = self._session.get_providers()[0]
         _LOG.info("%s %s runs on %s.", self.kind.capitalize(), self.metadata.name, self.provider)
 
-    def _run(self, outputs: Sequence[str], feeds: dict[str, NDArray], n: int, batch_size: int) -> list[NDArray]:
+    def _run(
+        self, outputs: Sequence[str], feeds: dict[str, NDArray], n: int, batch_size: int
+    ) -> list[NDArray]:
         """Run in batches of bounded size; a failure inside onnxruntime is a `NetworkError`."""
         if batch_size < 1:
             raise ValueError(f"The batch size must be positive, not {batch_size}.")
@@ -621,7 +635,9 @@ class _Artefact:
             try:
                 parts = self._session.run(list(outputs), {k: v[start:stop] for k, v in feeds.items()})
             except Exception as err:  # onnxruntime raises many unrelated types
-                raise NetworkError(f"{self.path}: onnxruntime failed on {stop - start} cutouts: {err}") from err
+                raise NetworkError(
+                    f"{self.path}: onnxruntime failed on {stop - start} cutouts: {err}"
+                ) from err
             for name, result, part in zip(outputs, results, parts, strict=True):
                 if part.shape != result[start:stop].shape:
                     raise NetworkError(
@@ -673,7 +689,9 @@ class Decoder(_Artefact):
         """
         latent = np.ascontiguousarray(latent, dtype=np.float32)
         if latent.ndim != 2 or latent.shape[1] != self.metadata.latent_size:
-            raise ValueError(f"latent should have shape (N, {self.metadata.latent_size}), not {latent.shape}.")
+            raise ValueError(
+                f"latent should have shape (N, {self.metadata.latent_size}), not {latent.shape}."
+            )
         return self._run(["model"], {"latent": latent}, len(latent), batch_size)[0]
 
 
@@ -859,8 +877,8 @@ def load_network(
 ) -> Network:
     """Load a network once per process.
 
-    A PipelineTask is constructed for every quantum; the network it needs stays. A file that was replaced since
-    (another time of modification or size) is loaded anew.
+    A PipelineTask is constructed for every quantum; the network it needs stays. A file that was replaced
+    since (another time of modification or size) is loaded anew.
 
     Parameters
     ----------

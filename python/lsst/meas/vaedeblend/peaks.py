@@ -66,9 +66,9 @@ def detection_image(
 ) -> NDArray[np.float32]:
     """Compute the significance of a point source at every pixel, from all bands.
 
-    The matched filter of a point source with the same flux in every band and Gaussian PSFs: the sum over bands and
-    pixels of PSF x image / variance, over the square root of the sum of PSF^2 / variance (Kaiser et al. 2010, Proc.
-    SPIE 7733; Bosch et al. 2018, PASJ 70, S5, section 4.7.1).
+    The matched filter of a point source with the same flux in every band and Gaussian PSFs: the sum over
+    bands and pixels of PSF x image / variance, over the square root of the sum of PSF^2 / variance (Kaiser et
+    al. 2010, Proc. SPIE 7733; Bosch et al. 2018, PASJ 70, S5, section 4.7.1).
 
     Parameters
     ----------

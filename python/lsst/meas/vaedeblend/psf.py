@@ -3,9 +3,9 @@
 """Point spread functions: moments, and the way from the model frame to the observed frame.
 
 A network's models live in a *model frame*, the sky seen through a PSF that is the same everywhere: a narrow
-Gaussian integrated over pixels, or one fixed wide PSF per band. What a coadd shows is the same sky through the
-local PSF of each band. The two are joined by the difference kernel, whose Fourier transform is the ratio of the
-transforms of the two PSFs.
+Gaussian integrated over pixels, or one fixed wide PSF per band. What a coadd shows is the same sky through
+the local PSF of each band. The two are joined by the difference kernel, whose Fourier transform is the ratio
+of the transforms of the two PSFs.
 
 PSF stamps are images: they include the pixel, have odd sizes, are centred on their middle pixel and sum to 1.
 """
@@ -107,9 +107,9 @@ def adaptive_moments(stamps: ArrayLike, max_iterations: int = 200, tolerance: fl
 
     The moments are those of the elliptical Gaussian weight that matches the object, found by iteration
     (Bernstein & Jarvis 2002, AJ 123, 583, section 3; Hirata & Seljak 2003, MNRAS 343, 459). With weight of
-    covariance M, an object that were a Gaussian of covariance C has weighted moments (M^-1 + C^-1)^-1, so that
-    each step takes M to the C which the weighted moments imply. The fixed point, weighted moments equal to M/2,
-    does not depend on the object being a Gaussian.
+    covariance M, an object that were a Gaussian of covariance C has weighted moments (M^-1 + C^-1)^-1, so
+    that each step takes M to the C which the weighted moments imply. The fixed point, weighted moments equal
+    to M/2, does not depend on the object being a Gaussian.
 
     Parameters
     ----------
@@ -118,7 +118,8 @@ def adaptive_moments(stamps: ArrayLike, max_iterations: int = 200, tolerance: fl
     max_iterations : `int`, optional
         Iterations after which a stamp is given up.
     tolerance : `float`, optional
-        Relative change of the moments, and shift of the centroid in units of the size, that ends the iteration.
+        Relative change of the moments, and shift of the centroid in units of the size, that ends the
+        iteration.
 
     Returns
     -------
@@ -180,8 +181,8 @@ def _adaptive_moments(stamps: NDArray, max_iterations: int, tolerance: float) ->
             jdet = jxx * jyy - jxy**2
             deweighted = np.stack([jyy / jdet, jxx / jdet, -jxy / jdet], axis=1)
             doubled = 2.0 * np.stack([oxx, oyy, oxy], axis=1)
-            # Far from the fixed point the implied covariance may not exist or overshoot; doubling the weighted
-            # moments has the same fixed point and always shrinks or grows by a bounded factor.
+            # Far from the fixed point the implied covariance may not exist or overshoot; doubling the
+            # weighted moments has the same fixed point and always shrinks or grows by a bounded factor.
             trace = m[:, 0] + m[:, 1]
             sound = (jdet > 0) & (jxx + jyy > 0) & (deweighted[:, :2].sum(axis=1) < 4.0 * trace)
             new = np.where(sound[:, None], deweighted, doubled)
@@ -245,9 +246,9 @@ def _as_floating(stamps: ArrayLike) -> NDArray:
 def matching_kernel_ft(stamps: ArrayLike, source: ArrayLike, size: int, floor: float = 1e-4) -> NDArray:
     """Transform of the kernel that takes an image seen through one PSF to another PSF.
 
-    The kernel is 1 + (P - Q) Q* / (|Q|^2 + floor^2) with P and Q the transforms of the wanted and of the present
-    PSF: P/Q, regularised as Wiener's filter is, where the present PSF carries anything, and the identity where it
-    carries nothing; the identity everywhere if the two PSFs agree.
+    The kernel is 1 + (P - Q) Q* / (|Q|^2 + floor^2) with P and Q the transforms of the wanted and of the
+    present PSF: P/Q, regularised as Wiener's filter is, where the present PSF carries anything, and the
+    identity where it carries nothing; the identity everywhere if the two PSFs agree.
 
     Parameters
     ----------
@@ -282,9 +283,9 @@ def matching_kernel_ft(stamps: ArrayLike, source: ArrayLike, size: int, floor: f
 def difference_kernel_ft(stamps: ArrayLike, sigma: float, size: int) -> NDArray:
     """Transform of the kernel that takes a model in the Gaussian model frame to the observed frame.
 
-    The ratio P/G of the transforms of the observed PSF and of the pixel-integrated Gaussian. At sigma of 0.8 pixel
-    G is 0.05 at the Nyquist frequency along an axis and 0.003 in the corner, so that the ratio is well behaved
-    for any PSF; see `matching_kernel_ft` for what bounds it in other cases.
+    The ratio P/G of the transforms of the observed PSF and of the pixel-integrated Gaussian. At sigma of 0.8
+    pixel G is 0.05 at the Nyquist frequency along an axis and 0.003 in the corner, so that the ratio is well
+    behaved for any PSF; see `matching_kernel_ft` for what bounds it in other cases.
 
     Parameters
     ----------
@@ -337,7 +338,9 @@ def convolve_to_observed(models: ArrayLike, kernels_ft: NDArray, index: ArrayLik
     """
     models = np.asarray(models, dtype=np.float32)
     if models.ndim != 4 or kernels_ft.shape[-3] != models.shape[1]:
-        raise ValueError(f"Models of shape {models.shape} do not go with kernels of shape {kernels_ft.shape}.")
+        raise ValueError(
+            f"Models of shape {models.shape} do not go with kernels of shape {kernels_ft.shape}."
+        )
     n, _, h, w = models.shape
     size = kernels_ft.shape[-2]
     if max(h, w) > size:

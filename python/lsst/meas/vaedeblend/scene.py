@@ -159,7 +159,10 @@ def assign_peaks(
     on_scene = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])
     index = np.full(len(peaks), -1)
     index[on_scene] = owner[y[on_scene], x[on_scene]]
-    out = [dataclasses.replace(p, peaks=np.concatenate([p.peaks, peaks[index == i]])) for i, p in enumerate(parents)]
+    out = [
+        dataclasses.replace(p, peaks=np.concatenate([p.peaks, peaks[index == i]]))
+        for i, p in enumerate(parents)
+    ]
     number = max((p.id for p in parents), default=0)
     square = np.ones((2 * radius + 1, 2 * radius + 1), dtype=bool)
     for k in np.flatnonzero(index < 0):
@@ -174,8 +177,9 @@ class PsfGrid:
     Parameters
     ----------
     stamps : array_like, (P, B, h, w)
-        PSF images of odd sizes, centred on their middle pixels, row by row of the grid. They are scaled to sum 1.
-        Stamps that hold anything not finite, or do not have a positive sum, count as missing and become NaN.
+        PSF images of odd sizes, centred on their middle pixels, row by row of the grid. They are scaled to
+        sum 1. Stamps that hold anything not finite, or do not have a positive sum, count as missing and
+        become NaN.
     cell_shape : `tuple` [`int`]
         (y, x) size of a cell, pixel.
     grid_shape : `tuple` [`int`]
@@ -205,7 +209,9 @@ class PsfGrid:
         if stamps.ndim != 4 or stamps.shape[2] % 2 != 1 or stamps.shape[3] % 2 != 1:
             raise ValueError(f"PSF stamps should be (P, B, h, w) with h and w odd, not {stamps.shape}.")
         if len(stamps) != grid_shape[0] * grid_shape[1] or len(stamps) == 0:
-            raise ValueError(f"{len(stamps)} sets of PSF stamps do not make a grid of {tuple(grid_shape)} cells.")
+            raise ValueError(
+                f"{len(stamps)} sets of PSF stamps do not make a grid of {tuple(grid_shape)} cells."
+            )
         if min(cell_shape) < 1:
             raise ValueError(f"PSF cells should have a positive size, not {tuple(cell_shape)}.")
         total = stamps.sum(axis=(2, 3))
@@ -311,8 +317,8 @@ class PsfGrid:
 class Scene:
     """One patch in all its bands, with the parents on it.
 
-    Pixels that are not finite, or whose variance is not finite and positive, become invalid. The image is 0 in
-    invalid pixels and the variance infinite where it was no good.
+    Pixels that are not finite, or whose variance is not finite and positive, become invalid. The image is 0
+    in invalid pixels and the variance infinite where it was no good.
 
     Parameters
     ----------
@@ -338,8 +344,8 @@ class Scene:
     Raises
     ------
     ValueError
-        Raised if shapes do not agree, a band appears twice, two parents have one id, or the pixel scale is not
-        positive.
+        Raised if shapes do not agree, a band appears twice, two parents have one id, or the pixel scale is
+        not positive.
     """
 
     def __init__(
@@ -371,7 +377,9 @@ class Scene:
             if edge.shape != image.shape[1:]:
                 raise ValueError(f"The image has shape {image.shape}, edge has {edge.shape}.")
         if psf.stamps.shape[1] != len(self.bands):
-            raise ValueError(f"The scene has bands {list(self.bands)}, the PSF {psf.stamps.shape[1]} of them.")
+            raise ValueError(
+                f"The scene has bands {list(self.bands)}, the PSF {psf.stamps.shape[1]} of them."
+            )
         if not (np.isfinite(pixel_scale) and pixel_scale > 0):
             raise ValueError(f"The pixel scale should be a positive number of arcsec, not {pixel_scale}.")
         self.parents = list(parents)
@@ -434,7 +442,9 @@ class Scene:
             return self
         missing = [band for band in bands if band not in self.bands]
         if missing and not allow_missing:
-            raise ValueError(f"The bands {missing} of {list(bands)} are missing: the scene has {list(self.bands)}.")
+            raise ValueError(
+                f"The bands {missing} of {list(bands)} are missing: the scene has {list(self.bands)}."
+            )
         order = [self.bands.index(band) if band in self.bands else -1 for band in bands]
         image, variance, valid = self.image[order], self.variance[order], self.valid[order]
         for i, source in enumerate(order):
