@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,13 @@ def network_path(tmp_path_factory) -> Path:
 def network(network_path) -> Network:
     """The same, loaded."""
     return Network.load(network_path, threads=1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of benchmark data, which a user may not have: beside the repository, or $VAEDEBLEND_SHARED."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    path = Path(os.environ.get("VAEDEBLEND_SHARED", beside))
+    if not (path / "data").is_dir():
+        pytest.skip("needs the benchmark data: a folder shared/ beside the repository, or $VAEDEBLEND_SHARED")
+    return path

@@ -1,0 +1,149 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A short training lowers the loss, resumes, exports, and the artefact does what torch does."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lsst.meas.vaedeblend.network import Network, NetworkError
+from lsst.meas.vaedeblend.training.config import TrainingConfig, load_config
+from lsst.meas.vaedeblend.training.export import export_network
+from lsst.meas.vaedeblend.training.fit import fit_step
+from lsst.meas.vaedeblend.training.simulate import make_banks
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def _small_config() -> TrainingConfig:
+    config = TrainingConfig()
+    config.name = "small_gri"
+    config.bands = ["g", "r", "i"]
+    config.population.n_train, config.population.n_validation, config.population.n_test = 250, 60, 60
+    config.scene.psf_bank_size = 30
+    config.network.widths = [16, 24, 32]
+    config.network.hidden, config.network.latent_size = 48, 12
+    for step in (config.prior, config.deblender):
+        step.batch_size, step.samples = 32, 32 * 40
+        step.validation_batches, step.validation_every = 2, 10
+        step.precision = "32-true"
+        # A short run has no time for the warm-up that a long one affords.
+        step.learning_rate = 4e-3
+    return config
+
+
+def _column(run: Path, step: str, name: str) -> list[float]:
+    values = []
+    for path in sorted((run / step).glob("version_*/metrics.csv")):
+        with open(path, newline="") as stream:
+            values += [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
+    return values
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Banks, a run of both steps and the exported files of a very small network."""
+    where = tmp_path_factory.mktemp("training")
+    torch.set_num_threads(1)
+    config = _small_config()
+    make_banks(config, where / "data")
+    options = dict(accelerator="cpu", workers=0, progress=False)
+    fit_step(config, "prior", where / "data", where / "run", **options)
+    fit_step(config, "deblender", where / "data", where / "run", **options)
+    path = export_network(config, where / "data", where / "run", where / "out", command="pytest")
+    return config, where, path
+
+
+def test_training_lowers_the_loss(trained):
+    _, where, _ = trained
+    prior = _column(where / "run", "prior", "val_loss")
+    assert len(prior) == 4
+    assert prior[-1] < 0.8 * prior[0]
+    deblender = _column(where / "run", "deblender", "val_loss")
+    assert deblender[-1] < deblender[0]
+
+
+def test_decoder_is_frozen_in_the_second_step(trained):
+    _, where, _ = trained
+    prior, deblender = (
+        torch.load(where / "run" / step / "final.ckpt", weights_only=True)["state_dict"]
+        for step in ("prior", "deblender")
+    )
+    decoder = [k for k in prior if k.startswith("decoder.")]
+    assert decoder and all(torch.equal(prior[k], deblender[k]) for k in decoder)
+    encoder = [k for k in prior if k.startswith("encoder.") and k.endswith("weight")]
+    assert any(not torch.equal(prior[k], deblender[k]) for k in encoder)
+
+
+def test_artefact_states_what_it_is(trained):
+    config, where, path = trained
+    network = Network.load(path, bands=("g", "r", "i"), pixel_scale=0.2)
+    m = network.metadata
+    assert (m.name, m.cutout_size, m.latent_size, m.centre) == ("small_gri", 64, 12, (32.0, 32.0))
+    assert m.figures_of_merit["onnx_torch_difference"] < 1e-4
+    assert m.figures_of_merit["command"] == "pytest"
+    again = TrainingConfig()
+    again.loadFromString(m.training["config"])
+    assert again == config
+    card = (where / "out" / "small_gri.md").read_text()
+    assert m.training["config_sha256"] in card and "shear_response_m" in card
+    with pytest.raises(NetworkError, match="bands"):
+        Network.load(path, bands=("r", "g", "i"))
+
+
+def test_artefact_takes_any_batch_size(trained):
+    _, _, path = trained
+    network = Network.load(path)
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(7, 3, 64, 64)).astype(np.float32)
+    valid, noise = np.ones_like(image), np.ones((7, 3), np.float32)
+    moments = np.tile(np.float32([2, 2, 0]), (7, 3, 1))
+    together = network.deblend(image, valid, noise, moments)
+    apart = network.deblend(image, valid, noise, moments, batch_size=3)
+    np.testing.assert_allclose(apart.model, together.model, rtol=1e-4, atol=1e-5 * together.model.max())
+    drawn = network.decoder.render(together.latent_mean)
+    np.testing.assert_allclose(drawn, together.model, rtol=1e-3, atol=1e-4 * together.model.max())
+
+
+def test_interrupted_training_goes_on(trained, tmp_path):
+    config, where, _ = trained
+    short = _small_config()
+    options = dict(accelerator="cpu", workers=0, progress=False)
+    short.prior.samples = 32 * 10
+    fit_step(short, "prior", where / "data", tmp_path, **options)
+    # What an interruption leaves: the last checkpoint without the final one.
+    (tmp_path / "prior" / "final.ckpt").unlink()
+    short.prior.samples = 32 * 20
+    fit_step(short, "prior", where / "data", tmp_path, **options)
+    state = torch.load(tmp_path / "prior" / "final.ckpt", weights_only=True)
+    assert state["global_step"] == 20
+    second = tmp_path / "prior" / "version_1" / "metrics.csv"
+    with open(second, newline="") as stream:
+        steps = [int(row["step"]) for row in csv.DictReader(stream)]
+    assert min(steps) >= 10
+    # A finished step is not run again.
+    before = (tmp_path / "prior" / "final.ckpt").stat().st_mtime_ns
+    fit_step(short, "prior", where / "data", tmp_path, **options)
+    assert (tmp_path / "prior" / "final.ckpt").stat().st_mtime_ns == before
+
+
+def test_deblender_needs_its_prior(trained, tmp_path):
+    config, where, _ = trained
+    with pytest.raises(FileNotFoundError, match="prior"):
+        fit_step(config, "deblender", where / "data", tmp_path, accelerator="cpu", workers=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "config" / "training").glob("*.py")), ids=lambda p: p.stem
+)
+def test_shipped_configurations_load(path):
+    assert load_config(path).name == path.stem
+
+
+def test_cutouts_must_fit_the_encoder(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("config.scene.cutout_size = 60\n")
+    with pytest.raises(ValueError, match="multiple of 16"):
+        load_config(path)

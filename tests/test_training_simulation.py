@@ -1,0 +1,224 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Galaxies, banks and scenes against analytic truth and against GalSim drawing the same thing directly."""
+
+import shutil
+
+import galsim
+import numpy as np
+import pytest
+from lsst.meas.vaedeblend.psf import difference_kernel_ft
+from lsst.meas.vaedeblend.training import population as pop
+from lsst.meas.vaedeblend.training.config import PopulationConfig
+from lsst.meas.vaedeblend.training.galaxies import MODEL_SIGMA, GalaxyBank, galaxy_profile, render_bank
+from lsst.meas.vaedeblend.training.scenes import (
+    PsfBank,
+    SceneComposer,
+    SceneConfig,
+    _quarter_turn,
+    _turn_offset,
+)
+from lsst.meas.vaedeblend.training.simulate import draw_sources
+from lsst.meas.vaedeblend.training.surveys import get_survey_info
+
+
+@pytest.fixture(scope="module")
+def lsst():
+    return get_survey_info("LSST")
+
+
+@pytest.fixture(scope="module")
+def bank(lsst):
+    rng = np.random.default_rng(3)
+    galaxies = pop.draw_population(60, lsst, rng, mag_range=(20, 26))
+    return render_bank(pop.concatenate([galaxies, pop.draw_stars(6, lsst, rng)]), lsst.pixel_scale, rng)
+
+
+def test_survey_noise_is_that_of_its_sky(lsst):
+    """Sky of 21.2 mag/arcsec^2 and a zeropoint of 28.13 in r, 5520 s: worked out by hand."""
+    r = lsst.bands[2]
+    sky_per_s = 10 ** (-0.4 * (21.2 - 28.13)) * 0.2**2
+    electrons_per_njy = 10 ** (-0.4 * (31.4 - 28.13)) * 5520
+    assert r.counts_per_njy == pytest.approx(electrons_per_njy, rel=1e-6)
+    assert r.noise == pytest.approx(np.sqrt(sky_per_s * 5520) / electrons_per_njy, rel=1e-4)
+    assert lsst.band_names == ("u", "g", "r", "i", "z", "y")
+
+
+def test_unknown_survey_and_band_are_refused():
+    with pytest.raises(ValueError, match="LSSTT"):
+        get_survey_info("LSSTT")
+    with pytest.raises(ValueError, match="no band q"):
+        get_survey_info("LSST", ("q",))
+
+
+def test_population_follows_its_number_counts(lsst):
+    galaxies = pop.draw_population(
+        20000, lsst, np.random.default_rng(1), mag_range=(20, 26), colour_scatter=0
+    )
+    mag = galaxies.magnitude("i")
+    assert mag.min() >= 20 and mag.max() <= 26
+    counts, edges = np.histogram(mag, np.arange(21, 26.1, 0.5))
+    slope = np.polyfit(edges[:-1], np.log10(counts), 1)[0]
+    assert slope == pytest.approx(0.3, abs=0.03)
+    # Redder light from older stars: an elliptical's g - r at z = 0.3 is well above an irregular's.
+    table = pop._sed_fluxes(lsst, "i")
+    colours = pop._component_colours(np.array([0.0, 3.0]), np.array([0.3, 0.3]), table)
+    g_minus_r = -2.5 * np.log10(colours[:, 1] / colours[:, 2])
+    assert g_minus_r[0] > g_minus_r[1] + 0.8
+
+
+def test_samples_share_no_galaxy(lsst):
+    config = PopulationConfig()
+    config.n_train, config.n_validation, config.n_test = 50, 20, 20
+    samples = draw_sources(config, lsst)
+    galaxies = {k: v.source_id[v.kind[:, 0] != pop.STAR] for k, v in samples.items()}
+    assert [len(v) for v in galaxies.values()] == [50, 20, 20]
+    assert len(np.unique(np.concatenate(list(galaxies.values())))) == 90
+
+
+def test_bank_draws_what_galsim_draws(bank, lsst):
+    rng = np.random.default_rng(3)
+    galaxies = pop.draw_population(60, lsst, rng, mag_range=(20, 26))
+    for row in (0, 7, 31):
+        for b, band in ((1, "g"), (4, "z")):
+            profile = galsim.Convolve(
+                galaxy_profile(galaxies, row, band), galsim.Gaussian(sigma=MODEL_SIGMA * 0.2)
+            )
+            dx, dy = bank.offset[row].astype(float) * 0.2
+            image = profile.shift(dx, dy).drawImage(nx=97, ny=97, scale=0.2).array
+            parts = slice(bank.first[row], bank.first[row] + bank.count[row])
+            ours = np.tensordot(bank.flux[parts, b], bank.stamps[parts], axes=1)
+            assert np.abs(ours - image).max() < 1e-3 * image.max()
+
+
+def test_bank_round_trip(bank, tmp_path):
+    bank.save(tmp_path / "bank.npz")
+    again = GalaxyBank.load(tmp_path / "bank.npz")
+    assert again.bands == bank.bands and again.pixel_scale == bank.pixel_scale
+    np.testing.assert_array_equal(again.stamps, bank.stamps)
+    np.testing.assert_array_equal(again.total_flux, bank.total_flux)
+
+
+def test_even_stamps_are_refused(lsst):
+    with pytest.raises(ValueError, match="odd"):
+        render_bank(
+            pop.draw_stars(1, lsst, np.random.default_rng(0)), 0.2, np.random.default_rng(0), stamp_size=64
+        )
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_offsets_turn_with_their_images(turn):
+    y, x = np.mgrid[-10:11, -10:11]
+    offset = np.array([0.3, -0.2])
+    image = np.exp(-0.5 * ((x - offset[0]) ** 2 + (y - offset[1]) ** 2) / 2.0)
+    turned = _quarter_turn(image, turn)
+    centroid = np.array([(turned * x).sum(), (turned * y).sum()]) / turned.sum()
+    np.testing.assert_allclose(_turn_offset(offset, turn), centroid, atol=1e-6)
+
+
+def _quiet_config() -> SceneConfig:
+    config = SceneConfig()
+    config.psf_bank_size = 20
+    config.mask_fraction = config.band_dropout = config.noise_band_scatter = 0.0
+    return config
+
+
+def test_isolated_cutout_is_its_target_convolved(bank, lsst):
+    """Without noise, an isolated star's cutout is its PSF at its flux, and the target convolved gives the same."""
+    config = _quiet_config()
+    config.noise_range = [1e-4, 1.0001e-4]
+    rng = np.random.default_rng(8)
+    psfs = PsfBank(config, 0.2, rng)
+    stars = bank.count == 1
+    composer = SceneComposer(bank, psfs, lsst, config, rng, isolated=True)
+    assert stars.any()
+    batch = next(composer.batches(18))
+    assert batch.valid.all()
+    kernels = difference_kernel_ft(psfs.stamps, MODEL_SIGMA, 64)
+    for k in range(18):
+        # Light of sources that reach beyond their cutout wraps and leaks: compare small ones.
+        if batch.target[k, 2].sum() < 0.999 * batch.target_flux[k, 2]:
+            continue
+        convolved = np.fft.irfft2(np.fft.rfft2(batch.target[k]) * kernels[batch.psf_index[k]], s=(64, 64))
+        middle = np.s_[:, 20:44, 20:44]
+        assert np.abs(batch.image[k][middle] - convolved[middle]).max() < 0.01 * convolved.max()
+
+
+def test_targets_sit_in_the_central_pixel(bank, lsst):
+    config = _quiet_config()
+    rng = np.random.default_rng(9)
+    composer = SceneComposer(bank, PsfBank(config, 0.2, rng), lsst, config, rng)
+    batch = next(composer.batches(64))
+    y, x = np.mgrid[-3:4, -3:4]
+    centre = batch.target[:, 2, 29:36, 29:36]
+    weight = np.exp(-0.5 * (x**2 + y**2) / 1.5**2) * centre
+    centroid = np.stack([(weight * x).sum((1, 2)), (weight * y).sum((1, 2))]) / weight.sum((1, 2))
+    # A Gaussian weight halves offsets at most; knots may pull a centroid a little.
+    assert np.abs(centroid).max() < 0.8
+    assert np.abs(np.median(centroid, axis=1)).max() < 0.15
+    assert batch.image.shape == batch.target.shape == (64, 6, 64, 64)
+
+
+def test_noise_has_the_depth_it_states(bank, lsst):
+    config = _quiet_config()
+    config.density_range = [1.0, 1.01]
+    rng = np.random.default_rng(10)
+    composer = SceneComposer(bank, PsfBank(config, 0.2, rng), lsst, config, rng)
+    batch = next(composer.batches(8))
+    scaled = batch.image[:, :, :12, :12] / batch.noise[:, :, None, None]
+    mad = 1.4826 * np.median(np.abs(scaled - np.median(scaled)))
+    assert mad == pytest.approx(1.0, abs=0.05)
+
+
+def test_masked_pixels_are_zero_and_bands_drop(bank, lsst):
+    config = _quiet_config()
+    config.mask_fraction = config.band_dropout = 1.0
+    rng = np.random.default_rng(11)
+    batch = next(SceneComposer(bank, PsfBank(config, 0.2, rng), lsst, config, rng).batches(32))
+    assert not batch.image[~batch.valid].any()
+    absent = ~batch.valid.any(axis=(2, 3))
+    assert absent.any(axis=1).all() and not absent.all(axis=1).any()
+
+
+def test_composer_is_reproducible(bank, lsst):
+    config = _quiet_config()
+    psfs = PsfBank(config, 0.2, np.random.default_rng(0))
+    a, b = (
+        next(SceneComposer(bank, psfs, lsst, config, np.random.default_rng(4)).batches(16)) for _ in range(2)
+    )
+    np.testing.assert_array_equal(a.image, b.image)
+
+
+def test_bank_of_another_survey_is_refused(bank):
+    config = _quiet_config()
+    hsc = get_survey_info("HSC")
+    psfs = PsfBank(config, 0.2, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="bands"):
+        SceneComposer(bank, psfs, hsc, config, np.random.default_rng(0))
+
+
+def test_cosmos_catalogue_is_read(shared, lsst, tmp_path):
+    """The catalogue's parametric galaxies agree in flux and shape with those that GalSim makes of it."""
+    source = shared / "data" / "cosmos_real"
+    shutil.copy(source / "parametric_catalog_23.5.fits", tmp_path / "cat.fits")
+    shutil.copy(source / "parametric_fits_23.5.fits", tmp_path / "cat_fits.fits")
+    galaxies = pop.read_cosmos(tmp_path, lsst, file_name="cat.fits")
+    catalog = galsim.COSMOSCatalog(dir=str(tmp_path), file_name="cat.fits", use_real=False)
+    assert len(galaxies) == catalog.nobjects > 50
+    checked = 0
+    for row in range(0, catalog.nobjects, 9):
+        record = catalog.getParametricRecord(row)
+        assert galaxies.magnitude("i")[row] == pytest.approx(record["mag_auto"], abs=1e-3)
+        theirs = catalog.makeGalaxy(row, gal_type="parametric")
+        ours = galaxy_profile(galaxies, row, "i")
+        images = [
+            galsim.Convolve(g.withFlux(1.0), galsim.Gaussian(sigma=0.3)).drawImage(nx=64, ny=64, scale=0.1)
+            for g in (theirs, ours)
+        ]
+        a, b = (galsim.hsm.FindAdaptiveMom(i, strict=False) for i in images)
+        if a.moments_status == 0 and b.moments_status == 0:
+            checked += 1
+            assert b.observed_shape.g1 == pytest.approx(a.observed_shape.g1, abs=0.02)
+            assert b.observed_shape.g2 == pytest.approx(a.observed_shape.g2, abs=0.02)
+            assert b.moments_sigma == pytest.approx(a.moments_sigma, rel=0.03)
+    assert checked > 4
