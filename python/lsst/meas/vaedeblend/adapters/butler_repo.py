@@ -3,9 +3,9 @@
 
 """A Butler repository of coadds made from numpy arrays, and `pipetask` on it.
 
-Everything that does not start from Rubin data (the demo, the HSC blends, the tests) goes through here, so that
-it runs exactly the path a production repository runs. Neither ``lsst.skymap`` nor ``afw`` is needed: the few
-dimension records are written by hand and the coadds are `lsst.images.cells.CellCoadd`.
+Everything that does not start from Rubin data (the demo, the HSC blends, the tests) goes through here, so
+that it runs exactly the path a production repository runs. Neither ``lsst.skymap`` nor ``afw`` is needed: the
+few dimension records are written by hand and the coadds are `lsst.images.cells.CellCoadd`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import astropy.units as u
 import numpy as np
 from astropy.table import Table
 from astropy.wcs import WCS
-from lsst.daf.butler import Butler, DatasetType
+from lsst.daf.butler import Butler, DatasetType, MissingCollectionError
 from lsst.images import YX, Box, Image, Mask, MaskPlane, MaskSchema, SkyProjection, TractFrame
 from lsst.images import get_legacy_deep_coadd_mask_planes as deep_coadd_mask_planes
 from lsst.images.cells import (
@@ -128,7 +128,7 @@ class CoaddRepository:
         self.skymap, self.tract = skymap, tract
         self.coadd_dataset = f"{coadd_name}_coadd"
 
-        # A margin of one pixel keeps the patch's region inside the tract's whatever the projection does to edges.
+        # A margin of one pixel keeps the patches' regions inside the tract's, whatever rounding does.
         y_stop = max(p.box.y.stop for p in self.patches.values()) + 1
         x_stop = max(p.box.x.stop for p in self.patches.values()) + 1
         y_start = min(p.y0 for p in self.patches.values()) - 1
@@ -369,9 +369,12 @@ class CoaddRepository:
             return butler.get(dataset, self.data_id(patch, **extra))
 
     def exists(self, dataset: str, patch: int, collection: str, **extra: Any) -> bool:
-        """Tell whether a dataset is there; arguments as for `get`."""
+        """Tell whether a dataset is there; arguments as for `get`. A collection may be absent too."""
         with Butler.from_config(str(self.root), collections=collection) as butler:
-            ref = butler.find_dataset(dataset, self.data_id(patch, **extra))
+            try:
+                ref = butler.find_dataset(dataset, self.data_id(patch, **extra))
+            except MissingCollectionError:
+                return False
             return ref is not None and butler.stored(ref)
 
 

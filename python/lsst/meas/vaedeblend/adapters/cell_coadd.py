@@ -39,15 +39,16 @@ def scene_from_cell_coadds(
     coadds : mapping of `str` to `lsst.images.cells.CellCoadd`
         Coadds by band, on one cell grid.
     bands : sequence of `str`, optional
-        Bands of the scene in order, by default those of ``coadds``. A band without coadd is wholly invalid and
-        has no PSF.
+        Bands of the scene in order, by default those of ``coadds``. A band without coadd is wholly invalid
+        and has no PSF.
     bad_planes : sequence of `str`, optional
         Mask planes whose pixels may not be used.
     detected_plane, edge_plane : `str`, optional
-        Mask planes of detected pixels, and of pixels that detection could not reach; the latter may be absent.
+        Mask planes of detected pixels, and of pixels that detection could not reach; the latter may be
+        absent.
     peaks : `astropy.table.Table`, optional
-        Columns ``x`` and ``y`` (tract pixel) and optionally ``parent``, see `parents_from_peaks`. Without it the
-        parents have no peaks and the deblender finds them.
+        Columns ``x`` and ``y`` (tract pixel) and optionally ``parent``, see `parents_from_peaks`. Without it
+        the parents have no peaks and the deblender finds them.
 
     Returns
     -------
@@ -57,8 +58,8 @@ def scene_from_cell_coadds(
     Raises
     ------
     ValueError
-        Raised when there is no coadd, coadds differ in their cell grid or tract, a mask plane does not exist, a
-        unit is not a flux density per pixel, or the peak table lacks a column.
+        Raised when there is no coadd, coadds differ in their cell grid or tract, a mask plane does not exist,
+        a unit is not a flux density per pixel, or the peak table lacks a column.
     """
     if not coadds:
         raise ValueError("No coadd to make a scene of.")

@@ -22,15 +22,15 @@ def parents_from_peaks(
     """Make parents such that every given peak belongs to exactly one.
 
     A peak on a pixel that is not detected brings a disk of its own, so that it becomes a parent or, where the
-    disk touches a detected region, a member of that one, and is solved for together with it. Regions without any
-    given peak keep none.
+    disk touches a detected region, a member of that one, and is solved for together with it. Regions without
+    any given peak keep none.
 
     Parameters
     ----------
     detected : `numpy.ndarray`, (H, W)
         Detected pixels, united over bands.
     peaks : array_like, (N, 2)
-        Peak positions (x, y) in scene coordinates, pixel. One outside the scene gets a parent of its own there.
+        Peak positions (x, y) in scene coordinates, pixel. One outside the scene gets a parent of its own.
     groups : array_like, (N,), optional
         Blend identifier of each peak: regions that hold peaks of one group become one parent.
     radius : `float`, optional

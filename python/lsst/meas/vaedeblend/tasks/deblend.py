@@ -1,0 +1,417 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The PipelineTask that deblends the coadds of one patch."""
+
+from __future__ import annotations
+
+__all__ = [
+    "NoFiniteModelError",
+    "VaeDeblendConfig",
+    "VaeDeblendConnections",
+    "VaeDeblendTask",
+]
+
+import functools
+import logging
+import os
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lsst.pipe.base.connectionTypes as cT
+import numpy as np
+from lsst.pex.config import ConfigField, Field, FieldValidationError, ListField, RangeField
+from lsst.pipe.base import (
+    AlgorithmError,
+    AnnotatedPartialOutputsError,
+    NoWorkFound,
+    PipelineTask,
+    PipelineTaskConfig,
+    PipelineTaskConnections,
+    Struct,
+)
+from lsst.utils.timer import timeMethod
+
+from ..adapters.cell_coadd import masked_image, scene_from_cell_coadds
+from ..catalog import SOURCE_FLAGS, models_table, object_table, parent_table
+from ..deblender import DeblendConfig, deblend
+from ..network import Network, NetworkError, NetworkMetadata, load_network, read_metadata, resolve
+from .identifiers import PatchIds
+
+if TYPE_CHECKING:
+    from astropy.table import Table
+    from lsst.daf.butler import DataCoordinate, DatasetRef
+    from lsst.images.cells import CellCoadd
+    from lsst.pipe.base import InputQuantizedConnection, OutputQuantizedConnection, QuantumContext
+    from lsst.pipe.base.connectionTypes import BaseInput, Output
+
+_LOG = logging.getLogger("lsst.meas.vaedeblend.tasks.deblend")
+
+
+class NoFiniteModelError(AlgorithmError):
+    """The network gave no usable model for any object of a patch.
+
+    Parameters
+    ----------
+    network : `str`
+        Name of the network.
+    n_objects : `int`
+        Number of objects.
+    """
+
+    def __init__(self, network: str, n_objects: int) -> None:
+        self.network, self.n_objects = network, n_objects
+        super().__init__(f"Network {network} gave no finite model for any of the {n_objects} objects.")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return {"network": self.network, "n_objects": self.n_objects}
+
+
+class VaeDeblendConnections(
+    PipelineTaskConnections,
+    dimensions=("skymap", "tract", "patch"),
+    defaultTemplates={"coaddName": "deep"},
+):
+    """Inputs and outputs of `VaeDeblendTask`."""
+
+    coadds = cT.Input(
+        doc="Coadds of the patch with their DETECTED mask plane, in the bands of the network.",
+        name="{coaddName}_coadd",
+        storageClass="CellCoadd",
+        dimensions=("skymap", "tract", "patch", "band"),
+        multiple=True,
+    )
+    peaks = cT.Input(
+        doc=(
+            "Peaks to start from: x and y in tract pixels and, optionally, parent, an identifier of the "
+            "blend that each peak belongs to."
+        ),
+        name="object_vae_peaks",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+    )
+    objects = cT.Output(
+        doc="Catalogue of deblended objects.",
+        name="object_vae_deblend",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+    )
+    parents = cT.Output(
+        doc="Catalogue of parents, the connected regions of detected pixels.",
+        name="object_vae_parent",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+    )
+    models = cT.Output(
+        doc="What the network's decoder needs to render the model of each object.",
+        name="object_vae_models",
+        storageClass="ArrowAstropy",
+        dimensions=("skymap", "tract", "patch"),
+    )
+    residual = cT.Output(
+        doc="Coadds minus the models of all objects, with the coadds' mask and variance.",
+        name="{coaddName}_coadd_vae_residual",
+        storageClass="MaskedImageV2",
+        dimensions=("skymap", "tract", "patch", "band"),
+        multiple=True,
+    )
+
+    config: VaeDeblendConfig
+
+    def __init__(self, *, config: VaeDeblendConfig | None = None) -> None:
+        super().__init__(config=config)
+        if config is None:
+            return
+        if not config.usePeaks:
+            del self.peaks
+        if not config.doWriteResidual:
+            del self.residual
+
+    def adjustQuantum(
+        self,
+        inputs: dict[str, tuple[BaseInput, Collection[DatasetRef]]],
+        outputs: dict[str, tuple[Output, Collection[DatasetRef]]],
+        label: str,
+        data_id: DataCoordinate,
+    ) -> tuple[
+        Mapping[str, tuple[BaseInput, Collection[DatasetRef]]],
+        Mapping[str, tuple[Output, Collection[DatasetRef]]],
+    ]:
+        # Docstring inherited. The bands are the network's: others are not read, and without all of them there
+        # is no work, which is better known when the graph is built than when it runs.
+        bands = _metadata(self.config.network).bands
+        connection, refs = inputs["coadds"]
+        kept = [ref for ref in refs if ref.dataId["band"] in bands]
+        present = {ref.dataId["band"] for ref in kept}
+        try:
+            _check_bands(present, bands, self.config.allowMissingBands, f"{label} at {data_id}")
+        except NoWorkFound as reason:
+            # The graph builder counts the quanta that it drops, but does not say why.
+            _LOG.info("%s", reason)
+            raise
+        adjusted_inputs = {"coadds": (connection, kept)}
+        adjusted_outputs = {}
+        if "residual" in outputs:
+            residual, residual_refs = outputs["residual"]
+            kept_outputs = [ref for ref in residual_refs if ref.dataId["band"] in present]
+            adjusted_outputs["residual"] = (residual, kept_outputs)
+        inputs.update(adjusted_inputs)
+        outputs.update(adjusted_outputs)
+        super().adjustQuantum(inputs, outputs, label, data_id)
+        return adjusted_inputs, adjusted_outputs
+
+
+class VaeDeblendConfig(PipelineTaskConfig, pipelineConnections=VaeDeblendConnections):
+    """Configuration of `VaeDeblendTask`."""
+
+    network = Field[str](
+        doc=(
+            "Name of a network that ships with the package, or the path of an ONNX file (environment "
+            "variables are expanded). Its metadata define the bands."
+        ),
+        default="lsst_ugrizy",
+    )
+    executionProviders = ListField[str](
+        doc="Execution providers of onnxruntime in order of preference; the CPU is always the last resort.",
+        default=["CPUExecutionProvider"],
+        minLength=1,
+    )
+    requireProvider = Field[bool](
+        doc="Fail when the first execution provider is not available, instead of using the next.",
+        default=False,
+    )
+    threads = RangeField[int](
+        doc="Threads of onnxruntime; 0 leaves the number to it.", default=1, min=0, inclusiveMin=True
+    )
+    allowMissingBands = Field[bool](
+        doc=(
+            "Deblend patches that lack coadds in some bands of the network; the objects are flagged and "
+            "have no flux there. Otherwise there is no work to do for such patches."
+        ),
+        default=False,
+    )
+    allowOtherPixelScale = Field[bool](
+        doc="Deblend coadds whose pixel scale is not the network's; sizes come out wrong by the ratio.",
+        default=False,
+    )
+    badMaskPlanes = ListField[str](
+        doc="Mask planes whose pixels are not used.", default=["NO_DATA", "SATURATED"]
+    )
+    usePeaks = Field[bool](doc="Start from a table of peaks, instead of finding them.", default=False)
+    doWriteResidual = Field[bool](doc="Write the residual images.", default=False)
+    deblend = ConfigField[DeblendConfig](doc="The iterative procedure.")
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.network.strip():
+            raise FieldValidationError(self.__class__.network, self, "A network must be named.")
+        for provider in self.executionProviders:
+            if not provider.endswith("ExecutionProvider"):
+                raise FieldValidationError(
+                    self.__class__.executionProviders,
+                    self,
+                    f"{provider!r} is no execution provider; they are called CPUExecutionProvider, "
+                    "CUDAExecutionProvider and so on.",
+                )
+        if "DETECTED" in self.badMaskPlanes:
+            raise FieldValidationError(
+                self.__class__.badMaskPlanes, self, "Without the DETECTED pixels nothing is left to deblend."
+            )
+
+
+class VaeDeblendTask(PipelineTask):
+    """Separate the blended objects of a patch with a variational autoencoder.
+
+    The connected regions of the DETECTED mask plane, united over bands, are the parents. Their objects are
+    modelled one by one by the network, all bands at once, fluxes are solved for jointly, and objects that
+    show up in the residual are added.
+
+    Notes
+    -----
+    The network is loaded once per process. A file that is not what it claims to be, or that does not go with
+    the coadds, makes the quantum fail with `lsst.meas.vaedeblend.network.NetworkError`.
+    """
+
+    ConfigClass: ClassVar[type[VaeDeblendConfig]] = VaeDeblendConfig
+    _DefaultName: ClassVar[str] = "vaeDeblend"
+
+    config: VaeDeblendConfig
+
+    def runQuantum(
+        self,
+        butlerQC: QuantumContext,
+        inputRefs: InputQuantizedConnection,
+        outputRefs: OutputQuantizedConnection,
+    ) -> None:
+        # Docstring inherited.
+        network = self.load_network()
+        refs = {ref.dataId["band"]: ref for ref in inputRefs.coadds}
+        bands = network.metadata.bands
+        data_id = butlerQC.quantum.dataId
+        _check_bands(set(refs), bands, self.config.allowMissingBands, str(data_id))
+        coadds = {band: butlerQC.get(refs[band]) for band in bands if band in refs}
+        peaks = butlerQC.get(inputRefs.peaks) if self.config.usePeaks else None
+
+        outputs = self.run(coadds, PatchIds(data_id["tract"], data_id["patch"]), peaks=peaks)
+        butlerQC.put(outputs.objects, outputRefs.objects)
+        butlerQC.put(outputs.parents, outputRefs.parents)
+        butlerQC.put(outputs.models, outputRefs.models)
+        if self.config.doWriteResidual:
+            for ref in outputRefs.residual:
+                butlerQC.put(outputs.residual[ref.dataId["band"]], ref)
+
+        # Everything is written and flagged, but a patch without a single model is not a success.
+        if outputs.n_objects and outputs.n_not_finite == outputs.n_objects:
+            error = NoFiniteModelError(network.metadata.name, outputs.n_objects)
+            raise AnnotatedPartialOutputsError.annotate(error, self, log=self.log) from error
+
+    def load_network(self) -> Network:
+        """Load the configured network, or take the one that this process has loaded already.
+
+        Returns
+        -------
+        network : `lsst.meas.vaedeblend.network.Network`
+            The network.
+
+        Raises
+        ------
+        NetworkError
+            Raised when the file cannot be used, or a required execution provider is not available.
+        """
+        return load_network(
+            self.config.network,
+            providers=tuple(self.config.executionProviders),
+            require=self.config.requireProvider,
+            threads=self.config.threads,
+        )
+
+    @timeMethod
+    def run(self, coadds: Mapping[str, CellCoadd], ids: PatchIds, peaks: Table | None = None) -> Struct:
+        """Deblend one patch.
+
+        Parameters
+        ----------
+        coadds : mapping of `str` to `lsst.images.cells.CellCoadd`
+            Coadds by band, in any order.
+        ids : `lsst.meas.vaedeblend.tasks.identifiers.PatchIds`
+            Gives objects and parents their identifiers.
+        peaks : `astropy.table.Table`, optional
+            Peaks to start from, with columns ``x`` and ``y`` (tract pixel) and optionally ``parent``.
+
+        Returns
+        -------
+        result : `lsst.pipe.base.Struct`
+            With
+
+            - ``objects``, ``parents``, ``models``: the tables (`astropy.table.Table`);
+            - ``residual``: coadd minus models by band (`dict` of `lsst.images.MaskedImage`), empty unless
+              configured;
+            - ``n_objects``, ``n_not_finite``: number of objects, and of those that the network has no finite
+              model for.
+
+        Raises
+        ------
+        NetworkError
+            Raised when the network does not go with the coadds' bands or pixel scale.
+        lsst.pipe.base.NoWorkFound
+            Raised when a band is missing, or no pixel is detected and no peak given.
+        """
+        network = self.load_network()
+        bands = network.metadata.bands
+        if others := sorted(set(coadds) - set(bands)):
+            raise NetworkError(
+                f"Network {network.metadata.name} has bands {list(bands)}; there are coadds in {others} too."
+            )
+        _check_bands(
+            set(coadds), bands, self.config.allowMissingBands, f"patch {ids.patch} of tract {ids.tract}"
+        )
+        scene = scene_from_cell_coadds(
+            coadds, bands, bad_planes=tuple(self.config.badMaskPlanes), peaks=peaks
+        )
+        try:
+            network.check(scene.bands, scene.pixel_scale)
+        except NetworkError as error:
+            if not (self.config.allowOtherPixelScale or self.config.deblend.allow_other_pixel_scale):
+                raise
+            self.log.warning("Going on as configured: %s", error)
+        if not scene.parents:
+            raise NoWorkFound(
+                f"No DETECTED pixel in patch {ids.patch} of tract {ids.tract}, and no peak given."
+            )
+
+        # The two exceptions are the task's to grant, and have been checked above.
+        procedure = DeblendConfig()
+        procedure.update(**self.config.deblend.toDict())
+        procedure.allow_missing_bands |= self.config.allowMissingBands
+        procedure.allow_other_pixel_scale |= self.config.allowOtherPixelScale
+        result = deblend(scene, network, procedure)
+        self._identify(result, ids)
+        projection = next(iter(coadds.values())).sky_projection
+
+        def sky(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            coord = projection.pixel_to_sky(x=x, y=y)
+            return coord.ra.deg, coord.dec.deg
+
+        n_parents, n_objects = len(result.parents), len(result.sources)
+        not_finite = int(result.sources.flags["not_finite"].sum())
+        self.metadata["network"] = network.metadata.name
+        self.metadata["network_sha256"] = network.metadata.weights_sha256
+        self.metadata["execution_provider"] = network.provider
+        self.metadata["n_parents"] = n_parents
+        self.metadata["n_objects"] = n_objects
+        for flag in SOURCE_FLAGS:
+            self.metadata[f"n_flag_{flag}"] = int(result.sources.flags[flag].sum())
+        self.log.info(
+            "Deblended %d parents into %d objects in %s with network %s on %s.",
+            n_parents,
+            n_objects,
+            "".join(bands),
+            network.metadata.name,
+            network.provider,
+        )
+        residual = {}
+        if self.config.doWriteResidual:
+            for b, band in enumerate(bands):
+                if band in coadds:
+                    residual[band] = masked_image(coadds[band], result.residual[b], scene.origin)
+        return Struct(
+            objects=object_table(result.sources, result.parents, sky),
+            parents=parent_table(result.parents, sky),
+            models=models_table(result.sources),
+            residual=residual,
+            n_objects=n_objects,
+            n_not_finite=not_finite,
+        )
+
+    @staticmethod
+    def _identify(result: Any, ids: PatchIds) -> None:
+        """Replace the scene's own numbers by identifiers that are unique over the sky map."""
+        parents, sources = result.parents, result.sources
+        numbers = ids.parents(len(parents))
+        lookup = dict(zip(parents.id.tolist(), numbers.tolist(), strict=True))
+        sources.parent = np.array([lookup[parent] for parent in sources.parent.tolist()], np.int64)
+        sources.id = ids.objects(len(sources))
+        parents.id = numbers
+
+
+@functools.lru_cache(maxsize=8)
+def _metadata_of(path: str, mtime_ns: int, size: int) -> NetworkMetadata:
+    """Read metadata once per state of the file: quantum adjustment asks for them for every patch."""
+    return read_metadata(path)
+
+
+def _metadata(name_or_path: str) -> NetworkMetadata:
+    """Return the metadata of a network."""
+    path = resolve(name_or_path)
+    status = os.stat(path)
+    return _metadata_of(str(path), status.st_mtime_ns, status.st_size)
+
+
+def _check_bands(present: Collection[str], bands: Collection[str], allow_missing: bool, where: str) -> None:
+    """Raise `NoWorkFound` when a band that is needed has no coadd."""
+    missing = [band for band in bands if band not in present]
+    if missing and (not allow_missing or len(missing) == len(bands)):
+        raise NoWorkFound(
+            f"No coadd in band {', '.join(missing)} for {where}: the network needs {''.join(bands)}."
+        )
