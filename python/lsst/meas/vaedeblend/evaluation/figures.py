@@ -1,0 +1,115 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Pictures of images, models and residuals. Nothing here opens a window."""
+
+from __future__ import annotations
+
+__all__ = ["colour", "new_figure", "residual_map", "show_colour", "show_sigma"]
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from astropy.visualization import make_lupton_rgb
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIGMA_RANGE = 5.0
+"""Residuals are shown between plus and minus this many standard deviations."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Make a figure that needs no display; sizes in inch."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _rgb_bands(bands: Sequence[str]) -> tuple[int, int, int]:
+    """Choose the bands shown as red, green and blue: i, r and g, or else from the order of the list."""
+    if all(band in bands for band in "irg"):
+        return tuple(bands.index(band) for band in "irg")  # type: ignore[return-value]
+    last = len(bands) - 1
+    return last, last // 2, 0
+
+
+def colour(
+    images: ArrayLike, bands: Sequence[str], noise: ArrayLike, *, q: float = 8.0, stretch: float = 12.0
+) -> NDArray[np.uint8]:
+    """Make a colour image with Lupton's asinh stretch (Lupton et al. 2004, PASP 116, 133).
+
+    Parameters
+    ----------
+    images : array_like, (B, H, W)
+        Images, nJy.
+    bands : sequence of `str`
+        Their bands.
+    noise : array_like, (B,)
+        Background standard deviation of the images the picture is compared with, nJy; it sets the scale, so
+        that an image, its models and its residual are shown alike.
+    q : `float`, optional
+        Softening of the stretch.
+    stretch : `float`, optional
+        Linear range, in units of the mean noise of the three bands.
+
+    Returns
+    -------
+    rgb : `numpy.ndarray`, (H, W, 3)
+    """
+    images, noise = np.nan_to_num(np.asarray(images, float)), np.asarray(noise, float)
+    bands = list(bands)
+    index = _rgb_bands(bands)
+    # nJy are flat in f_nu, so equal weights show a flat spectrum white.
+    scale = float(np.mean([noise[i] for i in index]))
+    return make_lupton_rgb(*(images[i] for i in index), minimum=-scale, stretch=stretch * scale, Q=q)
+
+
+def residual_map(residual: ArrayLike, variance: ArrayLike, valid: ArrayLike) -> NDArray[np.float64]:
+    """Combine the residuals of all bands into one map in units of its standard deviation.
+
+    The sum over bands of residual over standard deviation, over the root of the number of bands: unit
+    variance where the residual is noise, whatever the bands, and structure that is common to the bands stands
+    out.
+
+    Parameters
+    ----------
+    residual, variance, valid : array_like, (B, H, W)
+        Image minus models, nJy, its variance, nJy^2, and the pixels to use.
+
+    Returns
+    -------
+    sigma : `numpy.ndarray`, (H, W)
+        NaN where no band has a pixel to use.
+    """
+    valid = np.asarray(valid, bool)
+    pull = np.where(valid, np.asarray(residual, float) / np.sqrt(np.where(valid, variance, 1.0)), 0.0)
+    count = valid.sum(axis=0)
+    return np.divide(pull.sum(axis=0), np.sqrt(count), out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def show_colour(axes: Axes, rgb: NDArray, title: str = "", origin: tuple[float, float] = (0, 0)) -> None:
+    """Draw a colour image on axes in tract pixels, y upwards; ``origin`` is the first pixel (y, x)."""
+    _show(axes, rgb, title, origin)
+
+
+def show_sigma(axes: Axes, sigma: NDArray, title: str = "", origin: tuple[float, float] = (0, 0)):
+    """Draw a map in units of its standard deviation; returns the image, for a colour bar."""
+    return _show(axes, sigma, title, origin, cmap="RdBu_r", vmin=-SIGMA_RANGE, vmax=SIGMA_RANGE)
+
+
+def _show(axes: Axes, image: NDArray, title: str, origin: tuple[float, float], **keywords):
+    y0, x0 = origin
+    height, width = image.shape[:2]
+    extent = (x0 - 0.5, x0 + width - 0.5, y0 - 0.5, y0 + height - 0.5)
+    shown = axes.imshow(image, origin="lower", extent=extent, interpolation="nearest", **keywords)
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlim(extent[:2])
+    axes.set_ylim(extent[2:])
+    return shown
