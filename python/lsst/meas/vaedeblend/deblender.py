@@ -45,20 +45,20 @@ class DeblendConfig(Config):
     """Configuration of the iterative procedure."""
 
     min_passes = RangeField[int](
-        doc="Passes through the network before convergence is judged, at the start and for a trial of new peaks. "
-        "From the second on, cutouts have their neighbours subtracted.",
+        doc="Passes through the network before convergence is judged, at the start and for a trial of new "
+        "peaks. From the second on, cutouts have their neighbours subtracted.",
         default=2,
         min=1,
     )
     max_iterations = RangeField[int](
-        doc="Rounds of refinement and peak search after the first passes. A parent that still changes then is "
-        "flagged no_convergence.",
+        doc="Rounds of refinement and peak search after the first passes. A parent that still changes then "
+        "is flagged no_convergence.",
         default=6,
         min=0,
     )
     flux_tolerance = RangeField[float](
-        doc="Fluxes have settled when none changes by more than this times its standard deviation, or by more than "
-        "this times a tenth of itself.",
+        doc="Fluxes have settled when none changes by more than this times its standard deviation, or by "
+        "more than this times a tenth of itself.",
         default=0.1,
         min=0.0,
         inclusiveMin=False,
@@ -76,20 +76,21 @@ class DeblendConfig(Config):
         min=0.0,
     )
     model_error = RangeField[float](
-        doc="Relative error of the models. In the search and the trial of new peaks it is added in quadrature to "
-        "the noise, so that what is left of a bright galaxy does not pass for sources.",
+        doc="Relative error of the models. In the search and the trial of new peaks it is added in "
+        "quadrature to the noise, so that what is left of a bright galaxy does not pass for sources.",
         default=0.05,
         min=0.0,
     )
     max_new_peaks = RangeField[int](doc="Peaks tried at once in one parent.", default=8, min=1)
     max_peaks = RangeField[int](
-        doc="Sources in one parent. Of more given peaks the brightest are deblended, the others are only flagged.",
+        doc="Sources in one parent. Of more given peaks only the brightest are deblended; the others keep "
+        "a row without a model.",
         default=1000,
         min=1,
     )
     cost_per_parameter = RangeField[float](
-        doc="Decrease of chi-square that a source must bring for each of its parameters: a flux per band, two "
-        "coordinates, size and two ellipticities.",
+        doc="Decrease of chi-square that a source must bring for each of its parameters: a flux per band, "
+        "two coordinates, size and two ellipticities.",
         default=4.0,
         min=0.0,
     )
@@ -98,8 +99,8 @@ class DeblendConfig(Config):
         default=False,
     )
     flux_prior = RangeField[float](
-        doc="Weight of the network's own flux in the joint solution, relative to that of the data. A small one "
-        "keeps sources that almost coincide from trading flux.",
+        doc="Weight of the network's own flux in the joint solution, relative to that of the data. A small "
+        "one keeps sources that almost coincide from trading flux.",
         default=1e-4,
         min=1e-9,
     )
@@ -234,7 +235,7 @@ def joint_fluxes(
 
 
 def _nonnegative(matrix: NDArray, vector: NDArray) -> tuple[NDArray, NDArray]:
-    """Minimise x^T M x / 2 - v^T x over x >= 0, M with a unit diagonal; return x and its standard deviations."""
+    """Minimise x^T M x / 2 - v^T x over x >= 0, M with unit diagonal; return x and standard deviations."""
     try:
         factor = scipy.linalg.cholesky(matrix, check_finite=False)
     except np.linalg.LinAlgError:
@@ -325,7 +326,10 @@ class _Procedure:
         self.weight = scene.weight * has_psf[:, None, None]
         self.usable = self.valid.any(axis=(1, 2))
         moments = psf.moments
-        stand_in = np.nanmean(moments[:, has_psf], axis=(0, 1))
+        known = np.isfinite(moments).all(axis=2)
+        stand_in = moments[known].mean(axis=0) if known.any() else np.full(3, np.nan)
+        if not np.isfinite(stand_in).all():
+            raise ValueError("The scene's PSFs are no PSFs: none has adaptive moments.")
         self.moments = np.where(np.isfinite(moments), moments, stand_in)
         area = self.moments[..., 0] * self.moments[..., 1] - self.moments[..., 2] ** 2
         self.psf_sigma = np.maximum(area, 0.0) ** 0.25
@@ -340,9 +344,6 @@ class _Procedure:
         self.rows = self._new_rows(np.empty((0, 2)), np.empty(0, np.int64), given=True, iteration=0)
         self.crowded = np.zeros(0, bool)
         self.residual = scene.image.copy()
-
-    # Start
-    # ---------------------------------------------------------------------------------------------------
 
     def _new_rows(self, peaks: NDArray, parent: NDArray, given: bool, iteration: int) -> _Rows:
         """Make rows for peaks, with what does not depend on the network."""
@@ -473,9 +474,6 @@ class _Procedure:
             found = np.array([[parent.x0 + xs[nearest], parent.y0 + ys[nearest]]], dtype=float)
         self.parent_flags["no_peak"][p] = True
         return found
-
-    # One pass
-    # ------------------------------------------------------------------------------------------------
 
     def _members(self, parents: list[int]) -> list[NDArray[np.int64]]:
         """Rows of the sources that are deblended, by parent."""
@@ -622,9 +620,6 @@ class _Procedure:
         self._change(rows, new - r.flux[rows])
         r.flux[rows], r.error[rows], r.measured[rows] = new, error, measured.T
 
-    # Refinement and new peaks
-    # --------------------------------------------------------------------------------
-
     def _improve(self, parents: list[int]) -> list[int]:
         """Another pass for some parents; return those that got better and have not settled.
 
@@ -658,6 +653,9 @@ class _Procedure:
             return np.empty((0, 2))
         significance, y, x = self._significance(p, self.residual, total)
         inside = self._footprint(p, significance.shape, y, x)
+        # A maximum where no band has data is the work of the filter.
+        height, width = inside.shape
+        inside &= self.valid[:, y : y + height, x : x + width].any(axis=0)
         found = find_peaks(
             significance, self.config.new_peak_threshold, inside, self.config.min_separation
         ) + [x, y]
@@ -782,9 +780,6 @@ class _Procedure:
             self._solve(members[members != weakest])
             self.rejected[p].append(r.peak[weakest])
 
-    # The whole
-    # -----------------------------------------------------------------------------------------------
-
     def run(self) -> DeblendResult:
         """Run the procedure."""
         self._start()
@@ -831,7 +826,7 @@ class _Procedure:
         parent's sources of this kind, on top of the point source that each of them is.
         """
         r = self.rows
-        out = np.zeros((len(rows), *r.image.shape[1:]), np.float32)
+        out = np.zeros((len(rows), len(self.metadata.bands), self.size, self.size), np.float32)
         for p in np.unique(r.parent[rows]).tolist():
             own = np.flatnonzero(r.parent[rows] == p)
             significance, y0, x0 = self._significance(p, self.residual, None)
@@ -892,17 +887,14 @@ class _Procedure:
         observed *= scale
         failed = np.flatnonzero(r.failed[rows] & active)
         if len(failed):
-            r.image = observed
             extra = self._fall_back(rows[failed])
             weight = cut_out(self.weight, corner[failed, 0], corner[failed, 1], self.size)
-            taken = (extra != 0) & (weight > 0)
-            variance = np.divide(1.0, weight, out=np.zeros_like(weight), where=taken).sum(
-                axis=(2, 3), dtype=float
-            )
-            extra *= measured[failed][:, :, None, None]
+            taken = (extra != 0) & (weight > 0) & measured[failed][:, :, None, None]
+            extra *= taken
+            variance = np.divide(1.0, weight, out=np.zeros_like(weight), where=taken)
             observed[failed] += extra
             flux[failed] += extra.sum(axis=(2, 3), dtype=float)
-            error[failed] = np.sqrt(error[failed] ** 2 + variance)
+            error[failed] = np.hypot(error[failed], np.sqrt(variance.sum(axis=(2, 3), dtype=float)))
         sky *= np.nan_to_num(flux).astype(np.float32)[:, :, None, None]
         total = np.zeros(scene.image.shape, np.float32)
         add_cutouts(total, observed, corner[:, 0], corner[:, 1])
@@ -972,7 +964,7 @@ class _Procedure:
             height=shapes[:, 0],
             area=np.array([p.area for p in scene.parents], np.int64),
             n_peaks=self.n_peaks,
-            n_child=np.bincount(parent, minlength=n_parents),
+            n_child=np.bincount(parent[active], minlength=n_parents),
             iterations=self.iterations,
             n_pixels=pixels,
             chi2_start=start,
@@ -984,7 +976,7 @@ class _Procedure:
     def _diagnostics(
         self, observed: NDArray, corner: NDArray, total: NDArray, noise: NDArray
     ) -> tuple[NDArray, NDArray, NDArray]:
-        """Blendedness, data coverage and chi-square of sources, (N,) each; NaN for sources without a model."""
+        """Blendedness, data coverage and chi-square of sources, (N,) each; NaN without a model."""
         blendedness, coverage, chi2 = np.full((3, len(observed)), np.nan)
         for i, outer, inner in overlaps(corner[:, 0], corner[:, 1], self.size, self.scene.shape):
             own = observed[i][:, *inner]

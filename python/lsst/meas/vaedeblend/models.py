@@ -206,8 +206,8 @@ class SourceModels:
     latent_mean, latent_sigma : `numpy.ndarray`, (N, L)
         Approximate posterior of the latents, float32.
     flux, flux_err, flux_network : `numpy.ndarray`, (N, B)
-        Total flux of the model, jointly solved for, its standard deviation, and the network's own flux, nJy.
-        NaN where there was nothing to measure it on.
+        Total flux of the model, jointly solved for, and its standard deviation, nJy, NaN where there was
+        nothing to measure it on; and the network's own flux, NaN without a model from it.
     model_frame, observed : `numpy.ndarray`, (N, B, S, S)
         Models with the solved flux, in the network's frame and as the coadd shows them, nJy, float32; 0 where
         the flux is NaN.
@@ -389,7 +389,7 @@ class ParentSummary:
     n_peaks : `numpy.ndarray`, (M,)
         Peaks that were given, or found to start from.
     n_child : `numpy.ndarray`, (M,)
-        Sources it has in the end.
+        Sources with a model that it has in the end.
     iterations : `numpy.ndarray`, (M,)
         Times its members went through the network.
     n_pixels : `numpy.ndarray`, (M,)
@@ -422,7 +422,24 @@ class ParentSummary:
 def overlaps(
     corner_y: ArrayLike, corner_x: ArrayLike, size: int, shape: tuple[int, int]
 ) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
-    """Match cutouts with the scene: index, window of the scene, window of the cutout; none if they miss it."""
+    """Match cutouts with an image.
+
+    Parameters
+    ----------
+    corner_y, corner_x : array_like, (N,)
+        The pixel of the image on which pixel [0, 0] of each cutout lies.
+    size : `int`
+        Width of the cutouts, pixel.
+    shape : `tuple` [`int`]
+        (H, W) of the image.
+
+    Yields
+    ------
+    index : `int`
+        Number of a cutout that has a pixel on the image.
+    outer, inner : `tuple` [`slice`]
+        The common window in the image and in the cutout.
+    """
     for i, (y, x) in enumerate(
         zip(np.asarray(corner_y).tolist(), np.asarray(corner_x).tolist(), strict=True)
     ):
