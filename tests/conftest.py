@@ -26,7 +26,7 @@ def network(network_path) -> Network:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of benchmark data, which a user may not have: beside the repository, or $VAEDEBLEND_SHARED."""
+    """The benchmark data, which a user may not have: beside the repository, or $VAEDEBLEND_SHARED."""
     beside = Path(__file__).resolve().parents[2] / "shared"
     path = Path(os.environ.get("VAEDEBLEND_SHARED", beside))
     if not (path / "data").is_dir():

@@ -77,7 +77,7 @@ def test_kl_divergence_by_hand():
 
 
 def test_flux_loss_is_in_units_of_the_error():
-    """A source of 100 nJy in noise of 1 nJy: one sigma over 40 pixels is 6.3 percent, with the floor 8 percent."""
+    """100 nJy in noise of 1 nJy: one sigma over 40 pixels is 6.3 percent, with the floor 8 percent."""
     noise = torch.tensor([[1.0]])
     sigma = np.hypot(40**0.5 / 100, 0.05)
     value = flux_loss(torch.log(torch.tensor([[100.0]])) + sigma, torch.tensor([[100.0]]), noise)

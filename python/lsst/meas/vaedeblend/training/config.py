@@ -20,6 +20,9 @@ class PopulationConfig(Config):
         "Directory of a galsim.COSMOSCatalog; the embedded model is used if this is not set.", optional=True
     )
     cosmos_file = Field[str]("Catalogue file in that directory; GalSim's default if not set.", optional=True)
+    cosmos_exclusion = Field[str](
+        'Exclusion level of galsim.COSMOSCatalog; all but "none" need its selection file.', default="marginal"
+    )
     n_train = Field[int]("Galaxies in the training bank.", default=30000)
     n_validation = Field[int]("Galaxies in the validation bank.", default=1500)
     n_test = Field[int]("Galaxies in the test bank.", default=1500)

@@ -60,7 +60,12 @@ def draw_sources(config: PopulationConfig, survey: SurveyInfo) -> dict[str, Popu
         edges = np.cumsum([0, *wanted.values()])
         rows = {s: np.arange(edges[i], edges[i + 1]) for i, s in enumerate(wanted)}
     else:
-        galaxies = read_cosmos(config.cosmos_directory, survey, file_name=config.cosmos_file)
+        galaxies = read_cosmos(
+            config.cosmos_directory,
+            survey,
+            file_name=config.cosmos_file,
+            exclusion_level=config.cosmos_exclusion,
+        )
         order = rng.permutation(len(galaxies))
         shares = np.cumsum([0, *wanted.values()]) / sum(wanted.values())
         edges = np.rint(shares * len(order)).astype(int)
