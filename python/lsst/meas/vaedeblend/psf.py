@@ -62,7 +62,7 @@ def gaussian_psf(sigma: float, size: int) -> NDArray[np.float64]:
 def kolmogorov_psf(fwhm: float, size: int) -> NDArray[np.float64]:
     """Make a Kolmogorov PSF integrated over pixels.
 
-    The transfer function of long exposures through Kolmogorov turbulence is exp(-3.44 (lambda f / r0)^(5/3))
+    The transfer function of long exposures through Kolmogorov turbulence is exp(-3.4419 (lambda f / r0)^(5/3))
     (Fried 1966, J. Opt. Soc. Am. 56, 1372), whose profile has a full width at half maximum of
     0.975865 lambda / r0.
 
@@ -94,7 +94,7 @@ def kolmogorov_psf(fwhm: float, size: int) -> NDArray[np.float64]:
     for fold_y in range(-2, 3):
         for fold_x in range(-2, 3):
             fy, fx = base[:, None] + fold_y, base[None, :] + fold_x
-            atmosphere = np.exp(-3.44 * (np.hypot(fy, fx) * fwhm / 0.975865) ** (5.0 / 3.0))
+            atmosphere = np.exp(-3.4419 * (np.hypot(fy, fx) * fwhm / 0.975865) ** (5.0 / 3.0))
             transfer += atmosphere * np.sinc(fy) * np.sinc(fx)
     image = scipy.fft.fftshift(scipy.fft.ifft2(transfer).real)
     low = grid // 2 - size // 2
