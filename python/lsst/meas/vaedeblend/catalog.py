@@ -181,7 +181,12 @@ def object_table(
         ("deblend_nPeaks", parents.n_peaks[of_parent], "", "Peaks that the parent started from"),
         ("deblend_nChild", parents.n_child[of_parent], "", "Sources with a model that the parent has"),
         ("deblend_chi2", sources.chi2, "", "Mean of squared residual over variance, weighted with the model"),
-        ("deblend_blendedness", sources.blendedness, "", "1 - sum(I_i^2) / sum(I_tot I_i) over the models"),
+        (
+            "deblend_blendedness",
+            sources.blendedness,
+            "",
+            "Blendedness 1 - sum(I_i^2) / sum(I_tot I_i) over the models",
+        ),
         ("deblend_dataCoverage", sources.data_coverage, "", "Part of the model's flux on valid pixels"),
     ]
     for name, doc in SOURCE_FLAGS.items():

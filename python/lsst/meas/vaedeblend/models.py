@@ -112,7 +112,7 @@ class Renderer:
                 kernel = difference_kernel_ft(stamps, frame["sigma"], self._size)
             else:
                 present = np.stack([self._network_psf(band) for band in self.metadata.bands])
-                # What a wide PSF has taken away cannot be had back: a transfer below a hundredth is lost.
+                # What a wide PSF has taken away cannot be had back: below a hundredth it would be noise.
                 kernel = matching_kernel_ft(stamps, present, self._size, floor=1e-2)
             kernel[~self.psf.valid[cell]] = 0.0
             kernel = self._kernels[cell] = kernel.astype(np.complex64)

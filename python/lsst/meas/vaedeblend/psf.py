@@ -62,8 +62,8 @@ def gaussian_psf(sigma: float, size: int) -> NDArray[np.float64]:
 def kolmogorov_psf(fwhm: float, size: int) -> NDArray[np.float64]:
     """Make a Kolmogorov PSF integrated over pixels.
 
-    The transfer function of long exposures through Kolmogorov turbulence is exp(-3.4419 (lambda f / r0)^(5/3))
-    (Fried 1966, J. Opt. Soc. Am. 56, 1372), whose profile has a full width at half maximum of
+    The transfer function of long exposures through Kolmogorov turbulence is exp(-3.4419 (lambda f /
+    r0)^(5/3)) (Fried 1966, J. Opt. Soc. Am. 56, 1372), whose profile has a full width at half maximum of
     0.975865 lambda / r0.
 
     Parameters
@@ -246,9 +246,10 @@ def _as_floating(stamps: ArrayLike) -> NDArray:
 def matching_kernel_ft(stamps: ArrayLike, source: ArrayLike, size: int, floor: float = 1e-4) -> NDArray:
     """Transform of the kernel that takes an image seen through one PSF to another PSF.
 
-    The kernel is 1 + (P - Q) Q* / (|Q|^2 + floor^2) with P and Q the transforms of the wanted and of the
-    present PSF: P/Q, regularised as Wiener's filter is, where the present PSF carries anything, and the
-    identity where it carries nothing; the identity everywhere if the two PSFs agree.
+    With P and Q the transforms of the wanted and of the present PSF the kernel is P/Q where that attenuates,
+    and 1 + (P - Q) Q* / (|Q|^2 + floor^2) where it amplifies: regularised as Wiener's filter is, and the
+    identity at frequencies that the present PSF has lost. The two join continuously, and where the PSFs agree
+    both are 1.
 
     Parameters
     ----------
@@ -259,7 +260,7 @@ def matching_kernel_ft(stamps: ArrayLike, source: ArrayLike, size: int, floor: f
     size : `int`
         Width of the grid, pixel.
     floor : `float`, optional
-        Transfer below which a frequency counts as lost.
+        Transfer |Q| below which a frequency counts as lost, when it comes to amplifying it.
 
     Returns
     -------
@@ -274,8 +275,12 @@ def matching_kernel_ft(stamps: ArrayLike, source: ArrayLike, size: int, floor: f
     stamps = _as_floating(stamps)
     wanted = _transform(stamps, size)
     present = _transform(np.asarray(source, dtype=stamps.dtype), size)
+    power = np.abs(present) ** 2
+    power = power + np.where(np.abs(wanted) ** 2 > power, np.asarray(floor**2, power.dtype), 0)
+    # A transfer that is zero to rounding divides noise by noise; its square may even underflow.
+    power = np.maximum(power, np.finfo(power.dtype).tiny)
     wanted -= present
-    wanted *= present.conj() / (np.abs(present) ** 2 + floor**2)
+    wanted *= present.conj() / power
     wanted += 1
     return wanted
 
