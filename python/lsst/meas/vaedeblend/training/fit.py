@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SceneData", "VaeModule", "fit_step", "train"]
+__all__ = ["SceneData", "VaeModule", "fit_step"]
 
 import logging
 import math
@@ -291,9 +291,3 @@ def fit_step(
     trainer.fit(module, scenes, ckpt_path=last if last.exists() else None, weights_only=True)
     trainer.save_checkpoint(final)
     return final
-
-
-def train(config: TrainingConfig, data: str | os.PathLike, run: str | os.PathLike, **kwargs) -> Path:
-    """Run both steps; keyword arguments as for `fit_step`."""
-    fit_step(config, "prior", data, run, **kwargs)
-    return fit_step(config, "deblender", data, run, **kwargs)

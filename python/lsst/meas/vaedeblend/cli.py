@@ -1,0 +1,220 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The command ``vaedeblend``. Each subcommand imports what it needs and no more."""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+import json
+import logging
+from pathlib import Path
+
+import click
+
+_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+_OUTPUT = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="meas_vaedeblend")
+@click.option("-v", "--verbose", is_flag=True, help="Log more, and show where errors come from.")
+def main(verbose: bool) -> None:
+    """Deblend galaxies on multi-band coadds with variational autoencoders."""
+    logging.basicConfig(format="%(name)s %(levelname)s: %(message)s")
+    logging.getLogger("lsst.meas.vaedeblend").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@main.command()
+def info() -> None:
+    """List the networks that ship with the package, and the execution providers there are."""
+    import onnxruntime
+
+    from .network import NetworkError, read_metadata, shipped_networks
+
+    click.echo(f"onnxruntime {onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}")
+    names = shipped_networks()
+    if not names:
+        click.echo("No network ships with this installation.")
+    for name in names:
+        try:
+            m = read_metadata(name)
+        except NetworkError as error:
+            click.echo(f"\n{name}\n  unusable     {error}")
+            continue
+        rows = {
+            "bands": "".join(m.bands) if all(len(b) == 1 for b in m.bands) else " ".join(m.bands),
+            "pixel scale": f"{m.pixel_scale} arcsec",
+            "cutout": f"{m.cutout_size} pixels, target at {list(m.centre)}",
+            "latents": str(m.latent_size),
+            "model frame": json.dumps(m.frame),
+            "trained on": json.dumps(m.training_range),
+            "training": str(m.training.get("description", "")),
+            "figures": json.dumps(m.figures_of_merit),
+            "weights": m.weights_sha256,
+            "licence": m.licence,
+        }
+        click.echo(f"\n{name}")
+        for key, value in rows.items():
+            click.echo(f"  {key:<12} {value}")
+
+
+@main.command()
+@click.argument("out", type=_OUTPUT)
+@click.option("--network", default="lsst_ugrizy", show_default=True, help="Name or path of the network.")
+@click.option("--survey", default="LSST", show_default=True, help="Survey to simulate.")
+@click.option("--seed", default=1, show_default=True, help="Seed of the simulation.")
+@click.option("--galaxies", default=150, show_default=True, help="Number of galaxies.")
+@click.option(
+    "--cells", type=(int, int), default=(4, 4), show_default=True, help="Number of cells along y and x."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the repository of an earlier demonstration.")
+def demo(
+    out: Path, network: str, survey: str, seed: int, galaxies: int, cells: tuple[int, int], overwrite: bool
+) -> None:
+    """Simulate a patch, run `pipetask run` on it, compare with the truth, and draw a figure in OUT."""
+    from .demo import format_table, run_demo
+
+    with _failures():
+        summary = run_demo(
+            out,
+            network=network,
+            survey=survey,
+            seed=seed,
+            n_galaxies=galaxies,
+            cells=cells,
+            overwrite=overwrite,
+        )
+    click.echo(format_table(summary))
+    click.echo(f"Figure: {out / 'demo.png'}")
+
+
+_CONFIG = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@main.command()
+@click.argument("config", type=_CONFIG)
+@click.argument("data", type=_OUTPUT)
+def simulate(config: Path, data: Path) -> None:
+    """Render the galaxies of the training configuration CONFIG into DATA."""
+    from .training.config import load_config
+    from .training.simulate import make_banks
+
+    with _failures():
+        make_banks(load_config(config), data)
+
+
+@main.command()
+@click.argument("config", type=_CONFIG)
+@click.argument("data", type=_DIRECTORY)
+@click.argument("run", type=_OUTPUT)
+@click.option("--accelerator", default="auto", show_default=True, help="As for lightning: cpu, gpu, auto.")
+@click.option("--devices", default="1", show_default=True, help="Number of devices, or their list.")
+@click.option("--strategy", default="auto", show_default=True, help="As for lightning, e.g. ddp.")
+@click.option("--workers", default=1, show_default=True, help="Processes that compose scenes.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+@click.option("--initial", type=_CONFIG, help="Checkpoint whose weights the deblender starts from.")
+def train(
+    config: Path,
+    data: Path,
+    run: Path,
+    accelerator: str,
+    devices: str,
+    strategy: str,
+    workers: int,
+    progress: bool,
+    initial: Path | None,
+) -> None:
+    """Train prior and deblender of CONFIG on the galaxies in DATA; go on where RUN was left."""
+    from .training.config import load_config
+    from .training.fit import fit_step
+
+    options = dict(
+        accelerator=accelerator,
+        devices=int(devices) if devices.isdigit() else devices,
+        strategy=strategy,
+        workers=workers,
+        progress=progress,
+    )
+    with _failures():
+        settings = load_config(config)
+        fit_step(settings, "prior", data, run, **options)
+        checkpoint = fit_step(settings, "deblender", data, run, initial=initial, **options)
+    click.echo(f"Checkpoint: {checkpoint}")
+
+
+@main.command()
+@click.argument("config", type=_CONFIG)
+@click.argument("data", type=_DIRECTORY)
+@click.argument("run", type=_DIRECTORY)
+@click.argument("out", type=_OUTPUT)
+def export(config: Path, data: Path, run: Path, out: Path) -> None:
+    """Write the network trained in RUN to OUT as ONNX, with its card, after measuring it."""
+    from .training.config import load_config
+    from .training.export import export_network
+
+    # The card names the commands with their files' names, not with where they happened to lie.
+    name = f"config/training/{config.name}"
+    command = "\n".join(
+        f"vaedeblend {step}"
+        for step in (f"simulate {name} DATA", f"train {name} DATA RUN", f"export {name} DATA RUN OUT")
+    )
+    with _failures():
+        path = export_network(load_config(config), data, run, out, command)
+    click.echo(f"Network: {path}")
+
+
+@main.group()
+def evaluate() -> None:
+    """Measure the deblender on simulated fields or on real blends."""
+
+
+@evaluate.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.argument("out", type=_OUTPUT)
+@click.option("--detect", is_flag=True, help="Find the peaks, instead of starting from the true centres.")
+@click.option("--network", default="lsst_ugrizy", show_default=True, help="Name or path of the network.")
+@click.option("--threads", default=1, show_default=True, help="Threads of onnxruntime; 0: all.")
+def fields(directory: Path, out: Path, detect: bool, network: str, threads: int) -> None:
+    """Deblend the field files of DIRECTORY and write each object's image to OUT."""
+    from .evaluation.fields import evaluate_fields
+
+    with _failures():
+        summary = evaluate_fields(directory, out, network=network, detect=detect, threads=threads)
+    _echo(summary, skip="fields")
+
+
+@evaluate.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.argument("out", type=_OUTPUT)
+@click.option("--network", default="hsc_grizy", show_default=True, help="Name or path of the network.")
+@click.option("-j", "--processes", default=1, show_default=True, help="Processes of pipetask.")
+def hsc(directory: Path, out: Path, network: str, processes: int) -> None:
+    """Run the HSC blends of DIRECTORY through `pipetask run` and write hsc.json and hsc.png to OUT."""
+    from .evaluation.hsc import evaluate_hsc
+
+    with _failures():
+        summary = evaluate_hsc(directory, out, network=network, processes=processes)
+    _echo(summary, skip="blends")
+
+
+def _echo(summary: dict, skip: str) -> None:
+    """Print a summary but for its longest entry."""
+    click.echo(json.dumps({key: value for key, value in summary.items() if key != skip}, indent=1))
+
+
+class _failures:
+    """Turn the errors that a user can cause into one line, unless all details were asked for."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        from .network import NetworkError
+
+        # PipetaskError is recognised by its name: importing it would import the Butler.
+        known = isinstance(error, NetworkError | OSError | ValueError)
+        known |= kind is not None and kind.__name__ == "PipetaskError"
+        if known and not logging.getLogger("lsst.meas.vaedeblend").isEnabledFor(logging.DEBUG):
+            raise click.ClickException(str(error)) from error
