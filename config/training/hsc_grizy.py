@@ -8,5 +8,6 @@ config.bands = ["g", "r", "i", "z", "y"]  # noqa: F821
 config.scene.psf_fwhm_range = [0.45, 1.1]  # noqa: F821
 # surveycodex has the Wide survey's exposures; Deep and UltraDeep coadds reach several times fainter.
 config.scene.noise_range = [0.15, 1.5]  # noqa: F821
-config.prior.samples = 140_000  # noqa: F821
-config.deblender.samples = 450_000  # noqa: F821
+config.prior.samples = 120_000  # noqa: F821
+config.deblender.samples = 380_000  # noqa: F821
+config.scene.noise_band_scatter = 0.35  # noqa: F821
