@@ -32,16 +32,22 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _rgb_bands(bands: Sequence[str]) -> tuple[int, int, int]:
-    """Choose the bands shown as red, green and blue: i, r and g, or else from the order of the list."""
+def _rgb_bands(bands: Sequence[str]) -> tuple[tuple[int, float], ...]:
+    """Choose the bands shown as red, green and blue, with their weights in f_nu.
+
+    i, r and g, balanced such that a galaxy of ordinary colour (g - r of 0.5, r - i of 0.4) is grey; or else
+    the last, middle and first band of the list with equal weights.
+    """
+    bands = list(bands)
     if all(band in bands for band in "irg"):
-        return tuple(bands.index(band) for band in "irg")  # type: ignore[return-value]
+        weights = (10 ** (-0.4 * 0.4), 1.0, 10 ** (0.4 * 0.5))
+        return tuple((bands.index(band), weight) for band, weight in zip("irg", weights, strict=True))
     last = len(bands) - 1
-    return last, last // 2, 0
+    return (last, 1.0), (last // 2, 1.0), (0, 1.0)
 
 
 def colour(
-    images: ArrayLike, bands: Sequence[str], noise: ArrayLike, *, q: float = 8.0, stretch: float = 12.0
+    images: ArrayLike, bands: Sequence[str], noise: ArrayLike, *, q: float = 8.0, stretch: float = 5.0
 ) -> NDArray[np.uint8]:
     """Make a colour image with Lupton's asinh stretch (Lupton et al. 2004, PASP 116, 133).
 
@@ -52,23 +58,22 @@ def colour(
     bands : sequence of `str`
         Their bands.
     noise : array_like, (B,)
-        Background standard deviation of the images the picture is compared with, nJy; it sets the scale, so
-        that an image, its models and its residual are shown alike.
+        Background standard deviation of the images, nJy. It sets the scale, so that an image, its models and
+        its residual are shown alike.
     q : `float`, optional
         Softening of the stretch.
     stretch : `float`, optional
-        Linear range, in units of the mean noise of the three bands.
+        Linear range, in standard deviations of the noise.
 
     Returns
     -------
     rgb : `numpy.ndarray`, (H, W, 3)
     """
     images, noise = np.nan_to_num(np.asarray(images, float)), np.asarray(noise, float)
-    bands = list(bands)
-    index = _rgb_bands(bands)
-    # nJy are flat in f_nu, so equal weights show a flat spectrum white.
-    scale = float(np.mean([noise[i] for i in index]))
-    return make_lupton_rgb(*(images[i] for i in index), minimum=-scale, stretch=stretch * scale, Q=q)
+    channels = _rgb_bands(bands)
+    scale = float(np.mean([noise[i] * weight for i, weight in channels]))
+    rgb = (images[i] * weight for i, weight in channels)
+    return make_lupton_rgb(*rgb, minimum=-0.5 * scale, stretch=stretch * scale, Q=q)
 
 
 def residual_map(residual: ArrayLike, variance: ArrayLike, valid: ArrayLike) -> NDArray[np.float64]:

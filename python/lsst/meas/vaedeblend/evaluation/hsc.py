@@ -37,8 +37,7 @@ BANDS = ("g", "r", "i", "z", "y")
 PIXEL_SCALE = 0.168
 """Width of a pixel of the files, arcsec."""
 
-_PITCH = 256
-_COLUMNS = 16
+_COLUMNS = 10
 _OUTPUT = "vaedeblend/hsc"
 _LABEL = "vaeDeblend"
 
@@ -204,13 +203,12 @@ def evaluate_hsc(
 
 def _fill_repository(root: Path, blends: list[HscBlend], factor: float) -> CoaddRepository:
     """Put every blend into a new repository as a patch of one cell."""
+    # The blends lie side by side in one tract, with a gap between them: where they really are is not known.
+    pitch = max(max(blend.image.shape[1:]) for blend in blends) + 10
     layouts = {}
     for patch, blend in enumerate(blends):
         row, column = divmod(patch, _COLUMNS)
-        shape = blend.image.shape[1:]
-        if max(shape) > _PITCH:
-            raise ValueError(f"Blend {blend.name} of {shape} pixels is larger than {_PITCH}.")
-        layouts[patch] = PatchLayout(row * _PITCH, column * _PITCH, (1, 1), shape)
+        layouts[patch] = PatchLayout(row * pitch, column * pitch, (1, 1), blend.image.shape[1:])
     repository = CoaddRepository(root, BANDS, layouts, PIXEL_SCALE, skymap="hsc_blends")
     for patch, blend in enumerate(blends):
         used = blend.weight > 0

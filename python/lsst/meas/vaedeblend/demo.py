@@ -1,0 +1,290 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The demonstration: a simulated patch through `pipetask run`, and what came out of it."""
+
+from __future__ import annotations
+
+__all__ = ["format_table", "run_demo"]
+
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy.table import Table
+from numpy.typing import NDArray
+
+from .adapters.butler_repo import CoaddRepository, PatchLayout, run_pipetask
+from .adapters.cell_coadd import scene_from_cell_coadds
+from .evaluation.detection import detection_mask, psf_sigma
+from .evaluation.figures import colour, new_figure, residual_map, show_colour, show_sigma
+from .evaluation.metrics import match, nmad, run_seconds
+from .evaluation.patch import SimulatedPatch, simulate_patch
+from .models import SourceModels, cut_out, render
+from .network import load_network
+from .scene import Scene
+
+_LOG = logging.getLogger("lsst.meas.vaedeblend.demo")
+
+MATCH_RADIUS = 3.0
+"""Largest distance at which an object counts as a true one, pixel."""
+
+SNR_LIMIT = 10.0
+"""Objects with a true signal-to-noise ratio above this in the reference band should be found."""
+
+_OUTPUT = "vaedeblend/demo"
+_LABEL = "vaeDeblend"
+_PATCH = 0
+
+
+def run_demo(
+    out_dir: str | os.PathLike[str],
+    *,
+    network: str = "lsst_ugrizy",
+    survey: str = "LSST",
+    seed: int = 1,
+    n_galaxies: int = 150,
+    cells: tuple[int, int] = (4, 4),
+    cell_size: int = 150,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Simulate a patch, deblend it with `pipetask run`, and compare with the truth.
+
+    Writes ``repo`` (a Butler repository), ``pipetask.log``, ``demo.json`` and ``demo.png`` to ``out_dir``.
+
+    Parameters
+    ----------
+    out_dir : path-like
+        Directory, made if need be.
+    network : `str`, optional
+        Name or path of the network; the patch is simulated in its bands.
+    survey : `str`, optional
+        Survey to simulate, whose pixel scale should be the network's.
+    seed : `int`, optional
+        Seed of the simulation.
+    n_galaxies : `int`, optional
+        Number of galaxies.
+    cells : `tuple` [`int`], optional
+        Number of cells along y and x.
+    cell_size : `int`, optional
+        Width of a cell, pixel.
+    overwrite : `bool`, optional
+        Replace the repository of an earlier demonstration.
+
+    Returns
+    -------
+    summary : `dict`
+        The numbers that `format_table` prints.
+
+    Raises
+    ------
+    FileExistsError
+        Raised when there is a repository already and ``overwrite`` is not set.
+    lsst.meas.vaedeblend.adapters.butler_repo.PipetaskError
+        Raised when pipetask fails.
+    """
+    out_dir = Path(out_dir)
+    root = out_dir / "repo"
+    if overwrite and (root / "butler.yaml").exists():
+        shutil.rmtree(root)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    loaded = load_network(network, threads=1)
+    bands = loaded.metadata.bands
+
+    start = time.perf_counter()
+    patch = simulate_patch(
+        seed, survey=survey, bands=bands, n_galaxies=n_galaxies, cells=cells, cell_size=cell_size
+    )
+    _LOG.info("Simulated %d galaxies in %.1f s.", n_galaxies, time.perf_counter() - start)
+    valid = np.ones(patch.image.shape, bool)
+    # One filter serves the whole patch: a matched filter is not sensitive to a few percent of its width.
+    width = np.median(psf_sigma(patch.psf).reshape(len(bands), -1), axis=1)
+    detected = detection_mask(patch.image, patch.variance, valid, width)
+
+    layout = PatchLayout(2000, 3000, cells, patch.cell_shape)
+    repository = CoaddRepository(root, bands, {_PATCH: layout}, patch.pixel_scale)
+    repository.put_coadds(_PATCH, patch.image, patch.variance, patch.psf, {"DETECTED": detected})
+    start = time.perf_counter()
+    process = run_pipetask(root, _OUTPUT, config={"network": network, "doWriteResidual": True})
+    (out_dir / "pipetask.log").write_text(process.stdout)
+    _LOG.info("pipetask run took %.1f s.", time.perf_counter() - start)
+
+    objects = repository.get("object_vae_deblend", _PATCH, _OUTPUT)
+    parents = repository.get("object_vae_parent", _PATCH, _OUTPUT)
+    metadata = repository.get(f"{_LABEL}_metadata", _PATCH, _OUTPUT)[_LABEL]
+    summary, found = _compare(patch, objects, layout)
+    n_objects = len(objects)
+    summary = {
+        "network": loaded.metadata.name,
+        "network_sha256": loaded.metadata.weights_sha256,
+        "seed": seed,
+        "n_parents": len(parents),
+        "n_blends": int(np.sum(np.asarray(parents["deblend_nChild"]) > 1)),
+        "n_objects": n_objects,
+        **summary,
+        "seconds_per_object": run_seconds(metadata) / n_objects if n_objects else None,
+    }
+    (out_dir / "demo.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    coadds = {b: repository.get("deep_coadd", _PATCH, repository.inputs, band=b) for b in bands}
+    scene = scene_from_cell_coadds(coadds, bands)
+    residual = np.stack(
+        [repository.get("deep_coadd_vae_residual", _PATCH, _OUTPUT, band=b).image.array for b in bands]
+    )
+    table = repository.get("object_vae_models", _PATCH, _OUTPUT)
+    models = SourceModels.from_table(table, loaded, scene.psf, scene.origin)
+    _draw(out_dir / "demo.png", patch, scene, models, residual, objects, parents, found)
+    return summary
+
+
+def _compare(
+    patch: SimulatedPatch, objects: Table, layout: PatchLayout
+) -> tuple[dict[str, Any], NDArray[np.bool_]]:
+    """Match objects with the truth: the summary's numbers, and which true galaxies were found."""
+    band = "r" if "r" in patch.bands else patch.bands[len(patch.bands) // 2]
+    b = patch.bands.index(band)
+    xy = np.column_stack([objects["x"] - layout.x0, objects["y"] - layout.y0])
+    index, truth = match(xy, np.column_stack([patch.x, patch.y]), MATCH_RADIUS)
+    found = np.zeros(len(patch.x), bool)
+    found[truth] = True
+    bright = patch.snr[:, b] > SNR_LIMIT
+    use = bright[truth]
+    error = np.asarray(objects[f"{band}_flux"], float)[index[use]] / patch.flux[truth[use], b] - 1
+    error = error[np.isfinite(error)]
+    return {
+        "band": band,
+        "n_true": len(patch.x),
+        "n_true_bright": int(bright.sum()),
+        "n_found": int((found & bright).sum()),
+        "n_missed": int((~found & bright).sum()),
+        "n_found_any": int(found.sum()),
+        "n_unmatched": len(objects) - len(index),
+        "flux_error_median_abs": float(np.median(np.abs(error))) if len(error) else None,
+        "flux_error_nmad": nmad(error) if len(error) else None,
+    }, found
+
+
+def format_table(summary: dict[str, Any]) -> str:
+    """Lay the numbers of a demonstration out as a table.
+
+    Parameters
+    ----------
+    summary : `dict`
+        What `run_demo` returned.
+    """
+
+    def percent(value: float | None) -> str:
+        return "none" if value is None else f"{100 * value:.1f} %"
+
+    s = summary
+    seconds = s["seconds_per_object"]
+    rows = [
+        ("network", s["network"]),
+        ("parents", f"{s['n_parents']}, {s['n_blends']} of them blends"),
+        ("objects", f"{s['n_objects']}"),
+        (f"true galaxies with S/N > {SNR_LIMIT:g} in {s['band']}", f"{s['n_true_bright']} of {s['n_true']}"),
+        (f"  found within {MATCH_RADIUS:g} pixels", f"{s['n_found']}"),
+        ("  missed", f"{s['n_missed']}"),
+        ("objects that match no true galaxy", f"{s['n_unmatched']}"),
+        (f"flux error in {s['band']}, median of absolute", percent(s["flux_error_median_abs"])),
+        (f"flux error in {s['band']}, NMAD", percent(s["flux_error_nmad"])),
+        ("seconds per object", "none" if seconds is None else f"{seconds:.3f}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _draw(
+    path: Path,
+    patch: SimulatedPatch,
+    scene: Scene,
+    models: SourceModels,
+    residual: NDArray,
+    objects: Table,
+    parents: Table,
+    found: NDArray[np.bool_],
+    n_blends: int = 4,
+    n_children: int = 4,
+) -> None:
+    """Draw the patch as a whole, and some of its blends taken apart."""
+    figure = new_figure(22.0, 6.0 + 3.0 * n_blends)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(6.0, 3.0 * n_blends))
+    noise, origin = scene.noise, scene.origin
+    sigma = residual_map(residual, scene.variance, scene.valid)
+    total = render(models, scene.shape)
+
+    axes = top.subplots(1, 4)
+    image_rgb = colour(scene.image, scene.bands, noise)
+    show_colour(axes[0], image_rgb, "coadds", origin)
+    show_colour(axes[1], colour(total, scene.bands, noise), "models", origin)
+    shown = show_sigma(axes[2], sigma, "coadds minus models, all bands, in standard deviations", origin)
+    top.colorbar(shown, ax=axes[2], location="bottom", shrink=0.7, aspect=40)
+    # Markers are easier to see on a faded picture.
+    show_colour(axes[3], (0.6 * image_rgb).astype(np.uint8), "objects and missed galaxies", origin)
+    axes[3].plot(objects["x"], objects["y"], "+", color="cyan", markersize=6, label=f"{len(objects)} objects")
+    band = patch.bands.index("r") if "r" in patch.bands else len(patch.bands) // 2
+    missed = ~found & (patch.snr[:, band] > SNR_LIMIT)
+    axes[3].plot(
+        patch.x[missed] + origin[1],
+        patch.y[missed] + origin[0],
+        "o",
+        color="red",
+        markerfacecolor="none",
+        markersize=10,
+        label=f"{missed.sum()} missed with S/N > {SNR_LIMIT:g}",
+    )
+    axes[3].legend(loc="upper right", fontsize="small")
+    for a in axes:
+        a.set_xlabel("x [pixel]")
+    axes[0].set_ylabel("y [pixel]")
+
+    # The blends with most members, but not so large that nothing can be seen on a small panel.
+    side = models.observed.shape[-1]
+    extent = np.maximum(parents["bbox_width"], parents["bbox_height"])
+    members = np.where(extent <= side, parents["deblend_nChild"], 0)
+    rows = [i for i in np.argsort(-members, kind="stable")[:n_blends] if members[i] > 1]
+    if rows:
+        _draw_blends(bottom, [parents[i] for i in rows], scene, models, total, sigma, n_children)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_blends(figure, blends, scene: Scene, models: SourceModels, total, sigma, n_children: int) -> None:
+    """Draw one row per blend: image, models, residual, and its brightest members each alone."""
+    noise, (oy, ox) = scene.noise, scene.origin
+    size = models.observed.shape[-1]
+    axes = figure.subplots(len(blends), 3 + n_children, squeeze=False)
+    for row, parent in zip(axes, blends, strict=True):
+        corner_y = [round(float(parent["y"])) - size // 2 - oy]
+        corner_x = [round(float(parent["x"])) - size // 2 - ox]
+        origin = (corner_y[0] + oy, corner_x[0] + ox)
+        members = np.flatnonzero(models.parent == parent["id"])
+        x, y = models.x[members] + ox, models.y[members] + oy
+        for a in row:
+            a.set_xticks([])
+            a.set_yticks([])
+        image = cut_out(scene.image, corner_y, corner_x, size)[0]
+        title = f"coadds, {len(members)} objects"
+        show_colour(row[0], colour(image, scene.bands, noise), title, origin)
+        row[0].plot(x, y, "+", color="white", markersize=8)
+        model = cut_out(total, corner_y, corner_x, size)[0]
+        show_colour(row[1], colour(model, scene.bands, noise), "models", origin)
+        left = cut_out(sigma[None], corner_y, corner_x, size)[0, 0]
+        show_sigma(row[2], left, "residual", origin)
+        brightest = members[np.argsort(-np.nansum(models.flux[members], axis=1), kind="stable")]
+        for a, i in zip(row[3:], brightest[:n_children], strict=False):
+            alone = np.zeros_like(total)
+            # Onto the same square as the blend, so that it is seen where it lies.
+            y0, x0 = int(models.corner_y[i]), int(models.corner_x[i])
+            ys, xs = slice(max(y0, 0), y0 + size), slice(max(x0, 0), x0 + size)
+            part = models.observed[i][:, ys.start - y0 :, xs.start - x0 :]
+            target = alone[:, ys, xs]
+            target += part[:, : target.shape[1], : target.shape[2]]
+            alone = cut_out(alone, corner_y, corner_x, size)[0]
+            show_colour(a, colour(alone, scene.bands, noise), "one object's model", origin)
+        for a in row[3 + len(members) :]:
+            a.set_visible(False)
