@@ -106,6 +106,13 @@ class _Graph:
         return model.SerializeToString()
 
 
+def _frame_sigma(meta: NetworkMetadata) -> float:
+    """Sigma of the frame's Gaussian, pixel: the mean over bands for the observed frame."""
+    if meta.frame["type"] == "gaussian":
+        return meta.frame["sigma"]
+    return float(np.mean(list(meta.frame["fwhm"].values()))) / FWHM / meta.pixel_scale
+
+
 def deblender_bytes(
     meta: NetworkMetadata,
     inputs: Sequence[str] = ("image", "valid", "noise", "psf_moments", "epsilon"),
@@ -153,9 +160,9 @@ def deblender_bytes(
         )
     else:
         round_psf = g.constant(1.5**2 + _PIXEL)
-    # The model frame's PSF is narrower than the scene's: its pixel-integrated Gaussian takes that one's
-    # place.
-    var = g("Max", g("Add", g("Sub", var, round_psf), SIGMA**2 + _PIXEL), SIGMA**2 + _PIXEL)
+    # The pixel-integrated PSF of the network's frame takes the place of the scene's.
+    own_psf = _frame_sigma(meta) ** 2 + _PIXEL
+    var = g("Max", g("Add", g("Sub", var, round_psf), own_psf), own_psf)
     parts = [g("Unsqueeze", v, g.axes(1)) for v in (off_x, off_y, var)]
     mean = g("Concat", *parts, flux, axis=1)
     sigma = g("Add", g("Mul", g("Abs", mean), 0.01), 0.1)
