@@ -74,9 +74,8 @@ def test_pixel_scale_on_the_sky(repository):
 def test_peaks_keep_units(repository):
     repository.put_peaks(5, [203.0, 210.5], [301.0, 309.25], [7, 7])
     table = repository.get(PEAKS_DATASET, 5, repository.inputs)
-    assert (
-        table["x"].unit == u.pix and list(table["y"]) == [301.0, 309.25] and list(table["parent"]) == [7, 7]
-    )
+    assert table["x"].unit == u.pix
+    assert list(table["y"]) == [301.0, 309.25] and list(table["parent"]) == [7, 7]
 
 
 def test_one_psf_serves_all_cells(repository):
