@@ -14,7 +14,9 @@ def test_pure_noise_has_unit_significance():
     rng = np.random.default_rng(2)
     noise = np.array([1.0, 5.0, 30.0])[:, None, None]
     image = rng.normal(0, 1, (3, 300, 300)) * noise
-    map_ = detection_image(image, np.broadcast_to(noise**2, image.shape), np.ones(image.shape, bool), [1.5, 2, 3])
+    map_ = detection_image(
+        image, np.broadcast_to(noise**2, image.shape), np.ones(image.shape, bool), [1.5, 2, 3]
+    )
     assert map_.std() == pytest.approx(1.0, abs=0.04)
     assert map_.mean() == pytest.approx(0.0, abs=0.04)
 
