@@ -304,6 +304,13 @@ def test_configuration_is_validated(field, value, message):
         config.validate()
 
 
+def test_the_overrides_for_gpus_are_valid():
+    config = VaeDeblendConfig()
+    config.load(pipeline_path().parents[1] / "config" / "gpu.py")
+    config.validate()
+    assert config.executionProviders[0] == "CUDAExecutionProvider" and config.requireProvider
+
+
 def test_connections_follow_the_configuration():
     config = VaeDeblendConfig()
     connections = VaeDeblendConnections(config=config)

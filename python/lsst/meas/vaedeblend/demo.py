@@ -90,7 +90,9 @@ def run_demo(
     """
     out_dir = Path(out_dir)
     root = out_dir / "repo"
-    if overwrite and (root / "butler.yaml").exists():
+    if (root / "butler.yaml").exists():
+        if not overwrite:
+            raise FileExistsError(f"{root} already holds a Butler repository; --overwrite replaces it.")
         shutil.rmtree(root)
     out_dir.mkdir(parents=True, exist_ok=True)
     loaded = load_network(network, threads=1)

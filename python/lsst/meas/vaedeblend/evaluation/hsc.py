@@ -275,7 +275,6 @@ def _draw(path: Path, panels: list[tuple[HscBlend, NDArray, dict[str, Any]]]) ->
         shown = show_sigma(residual_axes, sigma, title)
         residual_axes.set_facecolor("0.85")
     if shown is not None:
-        figure.colorbar(
-            shown, ax=axes, label="residual of all bands, standard deviations", shrink=0.5, aspect=40
-        )
+        bar = figure.colorbar(shown, ax=axes, location="bottom", shrink=0.3, aspect=40, pad=0.02)
+        bar.set_label("residual of all bands, standard deviations")
     figure.savefig(path, dpi=110)
