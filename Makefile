@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test clean
 
 demo: $(VENV)/.runtime
-	$(VENV)/bin/vaedeblend demo $(DEMO)
+	$(VENV)/bin/vaedeblend demo --overwrite $(DEMO)
 
 test: $(VENV)/.test
 	$(VENV)/bin/ruff check python tests config
