@@ -5,9 +5,17 @@
 
 import itertools
 
+import galsim
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.evaluation.metrics import match, nmad, reduced_chi2, run_seconds, stamp_snr
+from lsst.meas.vaedeblend.evaluation.metrics import (
+    ksb_shape,
+    match,
+    nmad,
+    reduced_chi2,
+    run_seconds,
+    stamp_snr,
+)
 
 
 def test_nmad_is_the_sigma_of_a_gaussian_and_ignores_outliers():
@@ -69,3 +77,14 @@ def test_run_seconds_takes_the_last_run():
     start, end = "2026-01-01T00:00:00.000000+00:00", "2026-01-01T00:01:02.500000+00:00"
     assert run_seconds({"runStartUtc": start, "runEndUtc": end}) == 62.5
     assert run_seconds({"runStartUtc": ["x", start], "runEndUtc": ["y", end]}) == 62.5
+
+
+def test_ksb_recovers_a_gaussian_galaxys_shape():
+    psf = galsim.Gaussian(sigma=1.5)
+    galaxy = galsim.Convolve(galsim.Gaussian(sigma=2.5).shear(g1=0.1, g2=-0.05), psf)
+    image, seen = (p.drawImage(nx=64, ny=64, scale=1.0).array for p in (galaxy, psf))
+    assert ksb_shape(image, seen) == pytest.approx((0.1, -0.05), abs=0.01)
+
+
+def test_ksb_of_nothing_is_nan():
+    assert np.isnan(ksb_shape(np.zeros((32, 32)), np.ones((15, 15)))).all()

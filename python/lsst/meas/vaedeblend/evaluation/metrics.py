@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-__all__ = ["match", "nmad", "reduced_chi2", "run_seconds", "stamp_snr"]
+__all__ = ["ksb_shape", "match", "nmad", "reduced_chi2", "run_seconds", "stamp_snr"]
 
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+import galsim
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
@@ -73,6 +74,31 @@ def stamp_snr(stamps: ArrayLike, variance: ArrayLike) -> NDArray[np.float64]:
     snr : `numpy.ndarray`, (...)
     """
     return np.sqrt((np.asarray(stamps, float) ** 2 / variance).sum(axis=(-2, -1)))
+
+
+def ksb_shape(image: ArrayLike, psf: ArrayLike) -> tuple[float, float]:
+    """Measure the shape of one source with the KSB method of `galsim.hsm` (Kaiser, Squires & Broadhurst 1995).
+
+    Parameters
+    ----------
+    image, psf : array_like, (h, w)
+        Noiseless image of the source, any unit, and the PSF it was seen through.
+
+    Returns
+    -------
+    g1, g2 : `float`
+        Reduced-shear ellipticity, corrected for the PSF; NaN where the measurement fails.
+    """
+    result = galsim.hsm.EstimateShear(
+        galsim.Image(np.ascontiguousarray(image, np.float32)),
+        galsim.Image(np.ascontiguousarray(psf, np.float32)),
+        shear_est="KSB",
+        strict=False,
+    )
+    # hsm marks a failed correction with -10.
+    if result.error_message or result.corrected_g1 < -5:
+        return np.nan, np.nan
+    return result.corrected_g1, result.corrected_g2
 
 
 def reduced_chi2(image: ArrayLike, weight: ArrayLike) -> float:

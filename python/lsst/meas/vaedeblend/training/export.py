@@ -16,10 +16,10 @@ import subprocess
 import warnings
 from pathlib import Path
 
-import galsim
 import numpy as np
 import torch
 
+from ..evaluation.metrics import ksb_shape, nmad
 from ..network import Network, NetworkMetadata, embed_metadata
 from ..psf import gaussian_psf
 from .config import TrainingConfig
@@ -102,19 +102,6 @@ def _check_agreement(path: Path, module: torch.nn.Module, decoder: torch.nn.Modu
     return worst
 
 
-def _ksb(image: np.ndarray, psf: np.ndarray) -> tuple[float, float]:
-    """Shape of one image by galsim.hsm's KSB method, NaN where it fails."""
-    result = galsim.hsm.EstimateShear(
-        galsim.Image(np.ascontiguousarray(image, np.float32)),
-        galsim.Image(np.ascontiguousarray(psf, np.float32)),
-        shear_est="KSB",
-        strict=False,
-    )
-    if result.error_message or result.corrected_g1 < -5:
-        return np.nan, np.nan
-    return result.corrected_g1, result.corrected_g2
-
-
 def figures_of_merit(
     network: Network, scenes: SceneData, bank: GalaxyBank, config: TrainingConfig, samples: int = 2048
 ) -> dict[str, float]:
@@ -153,17 +140,17 @@ def figures_of_merit(
     flux = model.sum((1, 2)) / truth.sum((1, 2)) - 1
     cosine = (truth * model).sum((1, 2)) / np.sqrt((truth**2).sum((1, 2)) * (model**2).sum((1, 2)))
     psf = gaussian_psf(MODEL_SIGMA, 25)
-    e_true = np.array([_ksb(t, psf) for t in truth])
-    error = np.array([_ksb(t, psf) for t in model]) - e_true
+    e_true = np.array([ksb_shape(t, psf) for t in truth])
+    error = np.array([ksb_shape(t, psf) for t in model]) - e_true
     sound = np.isfinite(error + e_true).all(axis=1) & (np.hypot(*e_true.T) < 0.9) & (np.hypot(*error.T) < 1)
     e_true, error = e_true[sound].ravel(), error[sound].ravel()
     return {
         "samples": int(good.sum()),
         "reference_band": config.bands[ref],
         "flux_meanabs": float(np.mean(np.minimum(np.abs(flux), 5))),
-        "flux_nmad": float(1.4826 * np.median(np.abs(flux - np.median(flux)))),
+        "flux_nmad": nmad(flux),
         "cosine_mean": float(cosine.mean()),
-        "ellipticity_nmad": float(1.4826 * np.median(np.abs(error - np.median(error)))),
+        "ellipticity_nmad": nmad(error),
         "shear_response_m": float(np.polyfit(e_true, error, 1)[0]),
     }
 
