@@ -77,7 +77,7 @@ def stamp_snr(stamps: ArrayLike, variance: ArrayLike) -> NDArray[np.float64]:
 
 
 def ksb_shape(image: ArrayLike, psf: ArrayLike) -> tuple[float, float]:
-    """Measure the shape of one source with the KSB method of `galsim.hsm` (Kaiser, Squires & Broadhurst 1995).
+    """Measure a source's shape with the KSB method of `galsim.hsm` (Kaiser, Squires & Broadhurst 1995).
 
     Parameters
     ----------
