@@ -18,7 +18,7 @@ demo: $(VENV)/.runtime
 	$(VENV)/bin/vaedeblend demo --overwrite $(DEMO)
 
 test: $(VENV)/.test
-	$(VENV)/bin/ruff check python tests config
+	$(VENV)/bin/ruff check python tests config benchmarks
 	$(VENV)/bin/python -m pytest -n 2 -m "not stack"
 
 $(VENV)/bin/python:
