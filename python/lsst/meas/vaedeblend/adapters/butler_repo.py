@@ -26,7 +26,7 @@ import astropy.units as u
 import numpy as np
 from astropy.table import Table
 from astropy.wcs import WCS
-from lsst.daf.butler import Butler, DatasetType, MissingCollectionError
+from lsst.daf.butler import Butler, DatasetType, MissingCollectionError, MissingDatasetTypeError
 from lsst.images import YX, Box, Image, Mask, MaskPlane, MaskSchema, SkyProjection, TractFrame
 from lsst.images import get_legacy_deep_coadd_mask_planes as deep_coadd_mask_planes
 from lsst.images.cells import (
@@ -369,11 +369,11 @@ class CoaddRepository:
             return butler.get(dataset, self.data_id(patch, **extra))
 
     def exists(self, dataset: str, patch: int, collection: str, **extra: Any) -> bool:
-        """Tell whether a dataset is there; arguments as for `get`. A collection may be absent too."""
+        """Tell whether a dataset is there; arguments as for `get`. Collection and type may be unknown."""
         with Butler.from_config(str(self.root), collections=collection) as butler:
             try:
                 ref = butler.find_dataset(dataset, self.data_id(patch, **extra))
-            except MissingCollectionError:
+            except (MissingCollectionError, MissingDatasetTypeError):
                 return False
             return ref is not None and butler.stored(ref)
 
