@@ -541,7 +541,9 @@ def crowd(n, seed=3, shape=(300, 300)):
 
 def test_500_peaks_in_one_parent(network):
     scene, truth = crowd(500)
-    done = deblend(scene, network, DeblendConfig(max_iterations=1))
+    # The synthetic network draws what this scene is made of, so the search may be sensitive.
+    config = DeblendConfig(max_iterations=1, model_error=0.05, new_peak_threshold=6.0)
+    done = deblend(scene, network, config)
     given = done.sources.iteration == 0
     assert given.sum() == 500 and not done.parents.flags["too_many_peaks"].any()
     assert done.parents.chi2[0] < 1.5 * done.parents.n_pixels[0]

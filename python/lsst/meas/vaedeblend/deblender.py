@@ -68,7 +68,7 @@ class DeblendConfig(Config):
         doc="Significance of the peaks to start from in parents that come without any.", default=5.0, min=0.0
     )
     new_peak_threshold = RangeField[float](
-        doc="Significance that a peak in the residual needs to be tried.", default=6.0, min=0.0
+        doc="Significance that a peak in the residual needs to be tried.", default=8.0, min=0.0
     )
     min_separation = RangeField[float](
         doc="Distance that found peaks keep from each other and from existing sources, pixel.",
@@ -78,7 +78,7 @@ class DeblendConfig(Config):
     model_error = RangeField[float](
         doc="Relative error of the models. In the search and the trial of new peaks it is added in "
         "quadrature to the noise, so that what is left of a bright galaxy does not pass for sources.",
-        default=0.05,
+        default=0.2,
         min=0.0,
     )
     max_new_peaks = RangeField[int](doc="Peaks tried at once in one parent.", default=8, min=1)
