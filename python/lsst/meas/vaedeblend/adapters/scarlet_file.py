@@ -797,7 +797,8 @@ def models_to_scarlet(
     model_sigma : `float`, optional
         Standard deviation of the model frame's Gaussian before the integration over pixels, pixel.
     tolerance : `float`, optional
-        How much any aperture may lose or gain, see `factorize`.
+        Error of a pixel over the flux of its band, see `factorize`. Circles may be off by as much, or by a
+        tenth of the flux's standard deviation if that is more, but by no more than ten times the tolerance.
 
     Returns
     -------
@@ -816,6 +817,11 @@ def models_to_scarlet(
     peak_ids = models.id if peak_ids is None else np.asarray(peak_ids)
     if len(peak_ids) != len(models):
         raise ValueError(f"{len(peak_ids)} peaks for {len(models)} sources.")
+    # Most sources of a patch are faint: what lies far below their noise would only make the file large.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = 0.1 * models.flux_err / models.flux
+    relative = np.where(relative >= 0, relative, np.inf)
+    circle = np.clip(relative, tolerance, 10.0 * tolerance)
     out = ScarletModels(models.bands, gaussian_psf(model_sigma, _MODEL_PSF_SIZE).astype(np.float32), psf)
     for parent in isolated:
         if not len(parent.peaks):
@@ -844,7 +850,7 @@ def models_to_scarlet(
         corner = (int(models.corner_y[i]) + y0, int(models.corner_x[i]) + x0)
         components = [
             FactorizedComponent((corner[0] + y, corner[1] + x), peak, spectrum, morph)
-            for spectrum, morph, (y, x) in factorize(models.model_frame[i], tolerance)
+            for spectrum, morph, (y, x) in factorize(models.model_frame[i], tolerance, circle[i])
         ]
         if not components:
             nothing = np.zeros(len(models.bands), np.float32)
@@ -856,18 +862,19 @@ def models_to_scarlet(
 
 
 def factorize(
-    model: ArrayLike, tolerance: float = 1e-3
+    model: ArrayLike, tolerance: float = 1e-3, circle_tolerance: ArrayLike | None = None
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32], tuple[int, int]]]:
     """Write a model as a sum of a few products of a spectrum and an image.
 
-    The total flux in each band is kept. The error of the image, summed over pixels without regard to sign,
-    is at most twice the tolerance of the flux in each band, so that no aperture and no weight between 0 and 1
-    sees more than the tolerance of it: what one part of the image has too much another has too little.
+    In each band, and in units of the band's flux: the total is kept, and no pixel changes by more than
+    ``tolerance``. The flux in any circle around the source, and so under any weight that falls with the
+    radius, changes by at most ``circle_tolerance``, and the sum of the pixels' absolute errors is at most ten
+    times that.
 
-    The images are those of a singular value decomposition of the model, each band scaled to unit flux, on
-    the smallest box that suffices. They are rounded to whole numbers, which takes the least space in a text
-    file, as coarsely as the tolerance allows; the spectra, solved for last by least squares with the total as
-    a constraint, hold the scale. All but the first image have both signs, as their spectra have.
+    The images are those of a singular value decomposition of the model, each band scaled to unit tolerance,
+    on the smallest box that suffices. They are rounded to whole numbers, which takes the least space in a
+    text file, as coarsely as the tolerances allow; the spectra, solved for last by least squares with the
+    total as a constraint, hold the scale. All but the first image have both signs, as their spectra have.
 
     Parameters
     ----------
@@ -875,7 +882,9 @@ def factorize(
         Image of one source in each band, nJy. A band whose sum is not above a tenth of the sum of its
         absolute values, as that of noise, counts as empty.
     tolerance : `float`, optional
-        See above.
+        Error of a pixel over the band's flux.
+    circle_tolerance : array_like, (B,), optional
+        Error of the flux in circles over the band's flux; by default ``tolerance``.
 
     Returns
     -------
@@ -886,47 +895,59 @@ def factorize(
     Raises
     ------
     ValueError
-        Raised if the model is not finite.
+        Raised if the model is not finite, or a tolerance not positive.
     """
     model = np.asarray(model, np.float64)
+    circle = np.broadcast_to(tolerance if circle_tolerance is None else circle_tolerance, len(model))
     if not np.isfinite(model).all():
         raise ValueError("The model is not finite.")
+    if not (tolerance > 0 and (circle > 0).all()):
+        raise ValueError(f"Tolerances should be positive, not {tolerance} and {circle}.")
     flux = model.sum(axis=(1, 2))
     bright = flux > 0.1 * np.abs(model).sum(axis=(1, 2))
     if not bright.any():
         return []
-    shapes = model[bright] / flux[bright, None, None]
-    limit = 2.0 * tolerance
-    # What is cut off counts twice, as the rest has to make up for it. This leaves most for the other errors.
-    y1, y2, x1, x2 = _trim(shapes, 0.15 * limit)
-    core = shapes[:, y1:y2, x1:x2]
-    lost = np.abs(shapes).sum(axis=(1, 2)) - np.abs(core).sum(axis=(1, 2))
-    flat = core.reshape(len(core), -1)
+    # From here on the unit of each band is its tolerance, and that of pixels the ratio of the two.
+    unit = (circle * flux)[bright]
+    pixel = tolerance / circle[bright, None]
+    shapes = model[bright] / unit[:, None, None]
+    # What is cut off counts against the tolerance, and something has to be left for the other errors.
+    y1, y2, x1, x2 = _trim(shapes, 0.5)
+    inside = np.zeros(shapes.shape[1:], bool)
+    inside[y1:y2, x1:x2] = True
+    # Pixels in the order of their distance from the centre: running sums are the fluxes in circles.
+    weight = np.where(inside, np.maximum(shapes.sum(axis=0), 0.0), 0.0)
+    y, x = (grid - np.average(grid, weights=weight) for grid in np.indices(inside.shape))
+    order = np.argsort((y**2 + x**2).ravel(), kind="stable")
+    flat = shapes.reshape(len(shapes), -1)[:, order]
+    used = inside.ravel()[order]
     # The left singular vectors, largest first; the matrix is tiny, as there are few bands.
     left = np.linalg.eigh(flat @ flat.T)[1][:, ::-1]
     # An image times the largest entry of its vector is its part in the band where it matters most: one step
     # of rounding means the same error in all images.
-    images = (left.T @ flat) * np.abs(left).max(axis=0)[:, None]
+    images = (left.T @ flat) * used * np.abs(left).max(axis=0)[:, None]
     images *= np.where(images.sum(axis=1) < 0, -1.0, 1.0)[:, None]
     for rank in range(1, len(images) + 1):
         # Rounding needs a part of the tolerance as well.
-        if rank == len(images) or (_solve(images[:rank], flat)[1] + lost).max() <= 0.6 * limit:
+        if rank == len(images) or _fit(images[:rank], flat, pixel)[1] <= 0.7:
             break
-    step = min(64.0 * limit / flat.shape[1], np.abs(images[0]).max())
+    step = np.abs(images[0]).max()
     while True:
         rounded = np.rint(images[:rank] / step)
         rounded = rounded[rounded.any(axis=1)]
-        spectra, error = _solve(rounded, flat)
-        if (error + lost).max() <= limit:
+        spectra, error = _fit(rounded, flat, pixel)
+        if error <= 1.0:
             break
         step /= np.sqrt(2.0)
+    pictures = np.zeros(rounded.shape)
+    pictures[:, order] = rounded
     out = []
-    for j, image in enumerate(rounded.reshape(-1, *core.shape[1:])):
+    for j, image in enumerate(pictures.reshape(-1, *inside.shape)):
         spectrum = np.zeros(len(flux), np.float32)
-        spectrum[bright] = spectra[:, j] * flux[bright]
+        spectrum[bright] = spectra[:, j] * unit
         rows, columns = np.flatnonzero(image.any(axis=1)), np.flatnonzero(image.any(axis=0))
-        inside = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
-        out.append((spectrum, inside, (int(y1 + rows[0]), int(x1 + columns[0]))))
+        part = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+        out.append((spectrum, part, (int(rows[0]), int(columns[0]))))
     return out
 
 
@@ -953,20 +974,24 @@ def _trim(shapes: NDArray, budget: float) -> tuple[int, int, int, int]:
     return y1, y2, x1, x2
 
 
-def _solve(images: NDArray, shapes: NDArray) -> tuple[NDArray, NDArray]:
-    """Fit shapes (B, P) by images (k, P), each sum being 1; return coefficients (B, k) and errors (B,).
+def _fit(images: NDArray, shapes: NDArray, pixel: NDArray) -> tuple[NDArray, float]:
+    """Fit shapes (B, P) by images (k, P), sums being kept; return coefficients (B, k) and the error.
 
     Least squares under one linear constraint: with G the images' normal matrix and v their sums the solution
-    is the free one plus a multiple of G^-1 v. The errors are sums of absolute differences.
+    is the free one plus a multiple of G^-1 v. The error is that of `factorize` in units of the tolerance, for
+    pixels in the order of their distance from the centre.
     """
     total = images.sum(axis=1)
     if not total.any():
-        return np.zeros((len(shapes), len(images))), np.full(len(shapes), np.inf)
+        return np.zeros((len(shapes), len(images))), np.inf
     inverse = np.linalg.pinv(images @ images.T, hermitian=True)
     free = shapes @ images.T @ inverse
     direction = inverse @ total
-    coefficients = free + ((1.0 - free @ total) / (total @ direction))[:, None] * direction
-    return coefficients, np.abs(coefficients @ images - shapes).sum(axis=1)
+    excess = shapes.sum(axis=1) - free @ total
+    coefficients = free + (excess / (total @ direction))[:, None] * direction
+    error = coefficients @ images - shapes
+    circles, size = np.abs(np.cumsum(error, axis=1)), np.abs(error)
+    return coefficients, max(circles.max(), 0.1 * size.sum(axis=1).max(), (size / pixel).max())
 
 
 def render(
