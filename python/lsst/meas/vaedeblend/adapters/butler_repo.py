@@ -12,13 +12,14 @@ from __future__ import annotations
 
 __all__ = ["CoaddRepository", "PatchLayout", "PipetaskError", "pipeline_path", "run_pipetask"]
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -365,8 +366,17 @@ class CoaddRepository:
         lsst.daf.butler.DatasetNotFoundError
             Raised when there is no such dataset.
         """
+        with self.reader(collection) as get:
+            return get(dataset, patch, **extra)
+
+    @contextlib.contextmanager
+    def reader(self, collection: str) -> Iterator[Callable[..., Any]]:
+        """Open the repository once for many reads.
+
+        Yields a function of dataset, patch and further data ID keys, as `get` without its collection.
+        """
         with Butler.from_config(str(self.root), collections=collection) as butler:
-            return butler.get(dataset, self.data_id(patch, **extra))
+            yield lambda dataset, patch, **extra: butler.get(dataset, self.data_id(patch, **extra))
 
     def exists(self, dataset: str, patch: int, collection: str, **extra: Any) -> bool:
         """Tell whether a dataset is there; arguments as for `get`. Collection and type may be unknown."""

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,11 @@ def evaluate_hsc(
     (out_dir / "pipetask.log").write_text(process.stdout)
 
     rows, residuals = [], []
-    for patch, blend in enumerate(blends):
-        row, residual = _measure(repository, patch, blend, factor)
-        rows.append(row)
-        residuals.append(residual)
+    with repository.reader(_OUTPUT) as get:
+        for patch, blend in enumerate(blends):
+            row, residual = _measure(get, patch, blend, factor)
+            rows.append(row)
+            residuals.append(residual)
     chi2 = np.array([row["chi2"] for row in rows])
     n_objects = sum(row["n_objects"] for row in rows)
     summary = {
@@ -222,15 +224,12 @@ def _fill_repository(root: Path, blends: list[HscBlend], factor: float) -> Coadd
 
 
 def _measure(
-    repository: CoaddRepository, patch: int, blend: HscBlend, factor: float
+    get: Callable[..., Any], patch: int, blend: HscBlend, factor: float
 ) -> tuple[dict[str, Any], NDArray]:
     """Read one blend's outputs back: its row of the summary, and its residual in the file's unit."""
-    objects = repository.get("object_vae_deblend", patch, _OUTPUT)
-    metadata = repository.get(f"{_LABEL}_metadata", patch, _OUTPUT)[_LABEL]
-    residual = np.stack(
-        [repository.get("deep_coadd_vae_residual", patch, _OUTPUT, band=b).image.array for b in BANDS]
-    )
-    residual = residual / factor
+    objects = get("object_vae_deblend", patch)
+    metadata = get(f"{_LABEL}_metadata", patch)[_LABEL]
+    residual = np.stack([get("deep_coadd_vae_residual", patch, band=b).image.array for b in BANDS]) / factor
     flags = {
         name.removeprefix("deblend_flag_"): int(np.sum(objects[name]))
         for name in objects.colnames
