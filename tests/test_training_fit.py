@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from lsst.meas.vaedeblend.cli import main
 from lsst.meas.vaedeblend.network import Network, NetworkError
 from lsst.meas.vaedeblend.training.config import TrainingConfig, load_config
 from lsst.meas.vaedeblend.training.export import export_network
@@ -147,3 +149,33 @@ def test_cutouts_must_fit_the_encoder(tmp_path):
     path.write_text("config.scene.cutout_size = 60\n")
     with pytest.raises(ValueError, match="multiple of 16"):
         load_config(path)
+
+
+def test_the_commands_make_a_network(tmp_path):
+    """What the README says: simulate, train, export, each on its own."""
+    config = _small_config()
+    config.population.n_train, config.population.n_validation, config.population.n_test = 120, 40, 60
+    for step in (config.prior, config.deblender):
+        step.samples, step.validation_every, step.validation_batches = 64, 2, 1
+    file, data, run, out = (tmp_path / name for name in ("tiny.py", "data", "run", "out"))
+    config.save(str(file))
+    runner = CliRunner()
+    calls = (
+        ["simulate", file, data],
+        ["train", file, data, run, "--accelerator", "cpu", "--workers", "0", "--no-progress"],
+        ["export", file, data, run, out],
+    )
+    for call in calls:
+        result = runner.invoke(main, [str(word) for word in call])
+        assert result.exit_code == 0, result.output
+    metadata = Network.load(out / "small_gri.onnx").metadata
+    assert metadata.training["command"].splitlines()[0] == "vaedeblend simulate config/training/tiny.py DATA"
+    again = runner.invoke(main, ["simulate", str(file), str(data)])
+    assert again.exit_code == 0
+
+
+def test_a_missing_bank_is_one_clear_line(tmp_path):
+    file = REPOSITORY / "config" / "training" / "lsst_ugrizy.py"
+    result = CliRunner().invoke(main, ["train", str(file), str(tmp_path), str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "train.npz; `vaedeblend simulate` makes it." in result.output and "Traceback" not in result.output

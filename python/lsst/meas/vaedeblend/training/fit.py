@@ -59,12 +59,20 @@ class SceneData(lightning.LightningDataModule):
         "prior" or "deblender".
     workers : `int`
         Processes that compose scenes; 0 composes in the training process.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a bank is not there.
     """
 
     def __init__(self, config: TrainingConfig, directory: str | os.PathLike, step: str, workers: int = 1):
         super().__init__()
         self._config, self._directory, self._step, self._workers = config, Path(directory), step, workers
         self._fit: FitConfig = getattr(config, step)
+        for sample in ("train", "validation"):
+            if not (bank := self._directory / f"{sample}.npz").exists():
+                raise FileNotFoundError(f"There is no {bank}; `vaedeblend simulate` makes it.")
         self.survey = get_survey_info(config.survey, tuple(config.bands))
         rng = np.random.default_rng([config.population.seed, 77])
         self.psfs = PsfBank(config.scene, self.survey.pixel_scale, rng)
@@ -246,7 +254,7 @@ def fit_step(
     Raises
     ------
     FileNotFoundError
-        If the deblender is asked for before the prior was trained.
+        If a bank is not there, or the deblender is asked for before the prior was trained.
     """
     run = Path(run) / step
     last, final = run / "last.ckpt", run / "final.ckpt"
