@@ -298,7 +298,7 @@ def trained(tmp_path_factory):
     for step in ("prior", "deblender"):
         fit_step(config, step, where / "data", where / "run", **options)
     for step in ("prior", "deblender"):
-        export_network(config, where / "data", where / "run", where / "out", "pytest", step)
+        export_network(config, where / "data", where / "run", where / "out", "pytest", step, samples=30)
     return config, where
 
 

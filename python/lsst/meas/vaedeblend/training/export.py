@@ -60,6 +60,10 @@ def _git_commit() -> str:
 def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs: list[str]) -> bytes:
     """Serialize a module with a free batch size."""
     batch = torch.export.Dim("N", min=1, max=65536)
+    shapes: tuple = tuple({0: batch} for _ in example)
+    # A deblender takes its inputs as one variable argument.
+    if isinstance(module, Deblender):
+        shapes = (shapes,)
     # torch announces its own plans in warnings and prints; the user of an export has no use for them.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -68,7 +72,7 @@ def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs
             example,
             input_names=inputs,
             output_names=outputs,
-            dynamic_shapes=tuple({0: batch} for _ in example),
+            dynamic_shapes=shapes,
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -167,6 +171,7 @@ def export_network(
     out: str | os.PathLike,
     command: str,
     step: str = "deblender",
+    samples: int = 2048,
 ) -> Path:
     """Write NAME.onnx, NAME_decoder.onnx and the card NAME.md.
 
@@ -183,7 +188,9 @@ def export_network(
     command : `str`
         How the network was made, for the card.
     step : `str`
-        The step whose checkpoint is exported.
+        The step whose checkpoint is exported; the prior's files are named NAME_prior.
+    samples : `int`
+        Number of blends on which the figures of merit are measured.
 
     Returns
     -------
@@ -257,7 +264,7 @@ def export_network(
     difference = _check_agreement(path, deblender, deblender.decoder, metadata)
     if difference > MAX_RELATIVE_DIFFERENCE:
         raise RuntimeError(f"The exported graph differs from torch by {difference:.2g}, relative.")
-    merit = figures_of_merit(Network.load(path), scenes, config, isolated=step == "prior")
+    merit = figures_of_merit(Network.load(path), scenes, config, samples, isolated=step == "prior")
     merit["onnx_torch_difference"] = difference
     merit["command"] = command
     write_card(write(merit), out / f"{name}.md")
