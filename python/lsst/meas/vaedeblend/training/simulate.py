@@ -75,6 +75,8 @@ def draw_sources(config: PopulationConfig, survey: SurveyInfo) -> dict[str, Popu
         galaxies = without_gradients(galaxies)
     real = real_rows = None
     if config.real_catalogue is not None:
+        # A stream of its own: the split does not depend on the other galaxies.
+        rng = np.random.default_rng([config.seed, 50])
         real = read_real(config.real_catalogue, survey, rng)
         real = real[_bright_enough(real, config)]
         part = {s: round(n * config.real_fraction) for s, n in wanted.items()}
