@@ -216,6 +216,49 @@ def hsc(directory: Path, out: Path, network: str, processes: int) -> None:
     _echo(summary, skip="blends")
 
 
+@evaluate.command()
+@click.argument("out", type=_OUTPUT)
+@click.option(
+    "--configs",
+    type=_OUTPUT,
+    default="config/training",
+    show_default=True,
+    help="Directory of the configurations arcelin2020_*.py.",
+)
+@click.option("--artefacts", type=_DIRECTORY, help="Directory of networks, before those that ship.")
+@click.option("--real-catalogue", type=_CONFIG, help="File of a galsim.RealGalaxyCatalog.")
+@click.option("--samples", default=4000, show_default=True, help="Images of each test sample.")
+@click.option("--galaxies", type=int, help="Galaxies of each test sample, if fewer than the configuration's.")
+@click.option("--draws", default=10_000, show_default=True, help="Draws from the posterior of one image.")
+@click.option("--threads", default=1, show_default=True, help="Threads of onnxruntime; 0: all.")
+def paper(
+    out: Path,
+    configs: Path,
+    artefacts: Path | None,
+    real_catalogue: Path | None,
+    samples: int,
+    galaxies: int | None,
+    draws: int,
+    threads: int,
+) -> None:
+    """Measure the networks of Arcelin et al. (2020) anew: figures and numbers in OUT/paper.html and .json."""
+    from .evaluation.paper import evaluate_paper
+
+    with _failures():
+        summary = evaluate_paper(
+            out,
+            configs=configs,
+            artefacts=artefacts,
+            real_catalogue=real_catalogue,
+            samples=samples,
+            galaxies=galaxies,
+            draws=draws,
+            threads=threads,
+        )
+    _echo(summary, skip="table")
+    click.echo(f"Report: {out / 'paper.html'}")
+
+
 def _echo(summary: dict, skip: str) -> None:
     """Print a summary but for its longest entry."""
     click.echo(json.dumps({key: value for key, value in summary.items() if key != skip}, indent=1))

@@ -362,8 +362,9 @@ class BlendComposer:
     Raises
     ------
     ValueError
-        If the bank has other bands than the survey or stamps smaller than the cutouts, if decentring is asked
-        for with several instruments, or if the centring error of isolated galaxies has not been fitted.
+        If the bank has other bands than the survey, too few galaxies or stamps smaller than the cutouts, if
+        decentring is asked for with several instruments, or if the centring error of isolated galaxies has
+        not been fitted.
     """
 
     def __init__(
@@ -379,6 +380,8 @@ class BlendComposer:
         if found != survey.band_names:
             raise ValueError(f"The bank has bands {found}, the survey {survey.band_names}.")
         self._width = banks.banks["target"][0].stamps.shape[-1]
+        if len(banks) < config.max_galaxies:
+            raise ValueError(f"Blends of {config.max_galaxies} cannot be made of {len(banks)} galaxies.")
         if self._width < cutout_size:
             raise ValueError(f"The bank's stamps have {self._width} pixels, cutouts need {cutout_size}.")
         # A shift by part of a pixel is exact only where the pixels sample the PSF well, as LSST's do.
