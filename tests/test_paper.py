@@ -130,6 +130,7 @@ def test_errors_are_those_of_the_network(sample):
     assert numbers["m"] == pytest.approx(-1, abs=1e-3) and numbers["m_err"] < 1e-3
     assert numbers["c1"] == pytest.approx(SHAPE, abs=0.01)
     assert numbers["c2"] == pytest.approx(0, abs=1e-3)
+    assert numbers["failed_shapes"] < 0.1
     isolated = ~np.isfinite(found.b_closest) & (found.mag < 24)
     assert np.abs(np.median(found.mag_error("lsst")[isolated])) < 0.3
     # Neighbours' light in the aperture makes blends too bright.
@@ -200,6 +201,7 @@ def test_report_says_what_is_missing(artefacts, tmp_path):
     for name in ("arcelin2020_lsst_prior", "arcelin2020_lsst_euclid", "arcelin2020_decentred_uniform"):
         assert name in missing
     text = (out / "paper.html").read_text()
+    assert "Real galaxies" in missing
     assert "What is missing" in text and "Figure 6" in text and "Figure 9" not in text
 
 

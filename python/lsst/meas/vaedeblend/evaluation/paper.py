@@ -292,8 +292,10 @@ class _Evaluation:
         config = self.config(CASES["transfer"].config)
         if self.real_catalogue is not None:
             config.population.real_catalogue = os.fspath(self.real_catalogue)
-        if config.population.real_catalogue is None:
-            self.report.missing.append("Real galaxies: no catalogue was given (--real-catalogue).")
+        if not Path(config.population.real_catalogue).is_file():
+            self.report.missing.append(
+                f"Real galaxies: there is no catalogue {config.population.real_catalogue} (--real-catalogue)."
+            )
             return
         networks = self.networks(
             {"lsst_euclid": "arcelin2020_lsst_euclid", "transfer": "arcelin2020_transfer"}
@@ -341,7 +343,8 @@ def _bright(sample: PaperSample, network: str) -> tuple[PaperSample, str]:
 def _numbers(sample: PaperSample, network: str, rng: np.random.Generator) -> dict[str, float | None]:
     """Shear bias, and the largest median errors in bins of S/N, with bootstrap errors."""
     bias = shear_bias(sample.shape, sample.outputs[network].shape, rng)
-    numbers = {"m": bias.mean, "m_err": bias.mean_err}
+    failed = ~np.isfinite(sample.shape_error(network))
+    numbers = {"m": bias.mean, "m_err": bias.mean_err, "failed_shapes": failed.mean()}
     for i in (0, 1):
         numbers |= {f"m{i + 1}": bias.m[i], f"m{i + 1}_err": bias.m_err[i]}
         numbers |= {f"c{i + 1}": bias.c[i], f"c{i + 1}_err": bias.c_err[i]}

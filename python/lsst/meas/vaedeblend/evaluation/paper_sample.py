@@ -27,12 +27,17 @@ _CHUNK = 100
 def measure_image(image: NDArray, psf: NDArray) -> tuple[float, float, float]:
     """Measure an r-band image: KSB ellipticities g1, g2, and AB magnitude of the summed flux.
 
+    A corrected ellipticity beyond 1, which no ellipse has, is a failed measurement: NaN.
+
     Parameters
     ----------
     image, psf : `numpy.ndarray`, (S, S), (h, w)
         The image, nJy, and its fixed PSF.
     """
-    return (*ksb_shape(image, psf), float(magnitude(image.sum(dtype=float))))
+    g1, g2 = ksb_shape(image, psf)
+    if np.hypot(g1, g2) > 1:
+        g1 = g2 = np.nan
+    return g1, g2, float(magnitude(image.sum(dtype=float)))
 
 
 @dataclasses.dataclass

@@ -139,7 +139,9 @@ class ConvolutionalDecoder(nn.Module):
             layers += [
                 nn.ConvTranspose2d(channels, width, 3, stride=2, padding=1, output_padding=1),
                 _PReLU(width, grid, grid),
-                nn.ConvTranspose2d(width, width, 3, padding=1),
+                # A transposed convolution without stride is a convolution with the kernel turned: the same
+                # layer to a network that learns its kernels, at half the cost.
+                nn.Conv2d(width, width, 3, padding=1),
                 _PReLU(width, grid, grid),
             ]
             channels = width
