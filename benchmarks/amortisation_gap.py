@@ -4,9 +4,9 @@
 
 usage: python benchmarks/amortisation_gap.py CONFIG DATA RUN [--samples 512] [--steps 150]
 
-Isolated sources of the test bank are drawn three times: from the encoder's latent variables; from those refined by
-gradient descent against the noisy pixels; and from those refined against the noiseless truth, which is the best
-that the decoder can do.
+Isolated sources of the test bank are drawn three times: from the encoder's latent variables; from those
+refined by gradient descent against the noisy pixels; and from those refined against the noiseless truth, the
+best that the decoder can do.
 """
 
 from __future__ import annotations

@@ -9,11 +9,18 @@ import galsim
 import numpy as np
 import pytest
 from lsst.meas.vaedeblend.evaluation.metrics import (
+    blendedness_closest,
+    blendedness_total,
+    bootstrap,
     ksb_shape,
+    magnitude,
     match,
     nmad,
+    poisson_variance,
     reduced_chi2,
     run_seconds,
+    shear_bias,
+    sigma_percentiles,
     stamp_snr,
 )
 
@@ -88,3 +95,62 @@ def test_ksb_recovers_a_gaussian_galaxys_shape():
 
 def test_ksb_of_nothing_is_nan():
     assert np.isnan(ksb_shape(np.zeros((32, 32)), np.ones((15, 15)))).all()
+
+
+def test_blendedness_by_hand():
+    """Equations 1 to 3: inner products 4 + 2 = 6, 5 and 8; three of them for two neighbours."""
+    target = np.array([[2.0, 1.0], [0.0, 0.0]])
+    closest = np.array([[2.0, 2.0], [0.0, 0.0]])
+    far = np.array([[0.0, 0.0], [3.0, 0.0]])
+    assert blendedness_closest(target, closest) == pytest.approx(6 / np.sqrt(5 * 8))
+    assert blendedness_closest(target, far) == 0
+    assert blendedness_closest(target, 7 * target) == pytest.approx(1)
+    assert blendedness_total(target, target + closest + far) == pytest.approx(1 - 5 / (5 + 6))
+    assert blendedness_total(target, target) == 0
+
+
+def test_signal_to_noise_by_hand():
+    """Equation 7: two pixels of 3 and 4 nJy, 2 electrons per nJy, 10 electrons of sky."""
+    image = np.array([[3.0, 4.0]])
+    variance = poisson_variance(image, 2.0, 10.0)
+    np.testing.assert_allclose(variance, [[16 / 4, 18 / 4]])
+    assert stamp_snr(image, variance) == pytest.approx(np.sqrt(9 / 4 + 16 / 4.5))
+    assert poisson_variance(-1.0, 2.0, 10.0) == pytest.approx(2.5)
+
+
+def test_magnitudes():
+    np.testing.assert_allclose(magnitude([1.0, 100.0]), [31.4, 26.4])
+    assert np.isnan(magnitude([0.0, -1.0])).all()
+
+
+def test_shear_bias_is_found_per_component():
+    rng = np.random.default_rng(3)
+    true = rng.normal(0, 0.2, (5000, 2))
+    measured = true * [0.9, 1.05] + [0.01, -0.02] + rng.normal(0, 0.1, true.shape)
+    measured[0] = np.nan
+    bias = shear_bias(true, measured, np.random.default_rng(0))
+    # Error of a slope: scatter over spread over root N, 0.1 / 0.2 / sqrt(5000); of the offset 0.1 / root N.
+    np.testing.assert_allclose(bias.m_err, 0.5 / np.sqrt(5000), rtol=0.2)
+    np.testing.assert_allclose(bias.c_err, 0.1 / np.sqrt(5000), rtol=0.2)
+    assert (np.abs(bias.m - [-0.1, 0.05]) < 4 * bias.m_err).all()
+    assert (np.abs(bias.c - [0.01, -0.02]) < 4 * bias.c_err).all()
+    assert bias.mean == pytest.approx(bias.m.mean())
+    assert bias.mean_err == pytest.approx(0.5 / np.sqrt(10000), rel=0.2)
+    assert np.isnan(shear_bias(true[:2], measured[:2], rng).mean)
+
+
+def test_bootstrap_error_of_a_mean():
+    values = np.random.default_rng(1).normal(0, 3.0, 900)
+    error = bootstrap(lambda rows: values[rows].mean(), 900, np.random.default_rng(2), 400)
+    assert error == pytest.approx(0.1, rel=0.15)
+
+
+def test_percentiles_in_bins():
+    """A Gaussian's, in the bin that has it; the uppermost edge belongs to the last bin."""
+    y = np.random.default_rng(2).normal(1.0, 2.0, 100_000)
+    x = np.full(y.shape, 0.5)
+    x[:3], y[3] = (1.0, 2.0, 7.0), np.nan
+    count, percentiles = sigma_percentiles(x, y, [0, 1, 2], min_count=3)
+    assert list(count) == [100_000 - 4, 2]
+    np.testing.assert_allclose(percentiles[0], [-3, -1, 1, 3, 5], atol=0.05)
+    assert np.isnan(percentiles[1]).all()

@@ -115,6 +115,8 @@ def simulate(config: Path, data: Path) -> None:
 @click.option("--workers", default=1, show_default=True, help="Processes that compose scenes.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 @click.option("--initial", type=_CONFIG, help="Checkpoint whose weights the deblender starts from.")
+@click.option("--initial-prior", type=_CONFIG, help="Checkpoint whose weights the prior starts from.")
+@click.option("--step", type=click.Choice(["prior", "deblender"]), help="Run this step alone.")
 def train(
     config: Path,
     data: Path,
@@ -125,8 +127,14 @@ def train(
     workers: int,
     progress: bool,
     initial: Path | None,
+    initial_prior: Path | None,
+    step: str | None,
 ) -> None:
-    """Train prior and deblender of CONFIG on the galaxies in DATA; go on where RUN was left."""
+    """Train prior and deblender of CONFIG on the galaxies in DATA; go on where RUN was left.
+
+    A deblender that is trained alone from a checkpoint (transfer learning) needs no prior: it keeps the
+    checkpoint's decoder.
+    """
     from .training.config import load_config
     from .training.fit import fit_step
 
@@ -139,8 +147,9 @@ def train(
     )
     with _failures():
         settings = load_config(config)
-        fit_step(settings, "prior", data, run, **options)
-        checkpoint = fit_step(settings, "deblender", data, run, initial=initial, **options)
+        for name, start in (("prior", initial_prior), ("deblender", initial)):
+            if step in (None, name):
+                checkpoint = fit_step(settings, name, data, run, initial=start, **options)
     click.echo(f"Checkpoint: {checkpoint}")
 
 
@@ -149,19 +158,27 @@ def train(
 @click.argument("data", type=_DIRECTORY)
 @click.argument("run", type=_DIRECTORY)
 @click.argument("out", type=_OUTPUT)
-def export(config: Path, data: Path, run: Path, out: Path) -> None:
+@click.option(
+    "--step",
+    type=click.Choice(["prior", "deblender"]),
+    default="deblender",
+    show_default=True,
+    help="Network to export; the prior's files are named NAME_prior.",
+)
+def export(config: Path, data: Path, run: Path, out: Path, step: str) -> None:
     """Write the network trained in RUN to OUT as ONNX, with its card, after measuring it."""
     from .training.config import load_config
     from .training.export import export_network
 
     # The card names the commands with their files' names, not with where they happened to lie.
     name = f"config/training/{config.name}"
+    option = "" if step == "deblender" else f" --step {step}"
     command = "\n".join(
-        f"vaedeblend {step}"
-        for step in (f"simulate {name} DATA", f"train {name} DATA RUN", f"export {name} DATA RUN OUT")
+        f"vaedeblend {line}"
+        for line in (f"simulate {name} DATA", f"train {name} DATA RUN", f"export {name} DATA RUN OUT{option}")
     )
     with _failures():
-        path = export_network(load_config(config), data, run, out, command)
+        path = export_network(load_config(config), data, run, out, command, step)
     click.echo(f"Network: {path}")
 
 
@@ -197,6 +214,49 @@ def hsc(directory: Path, out: Path, network: str, processes: int) -> None:
     with _failures():
         summary = evaluate_hsc(directory, out, network=network, processes=processes)
     _echo(summary, skip="blends")
+
+
+@evaluate.command()
+@click.argument("out", type=_OUTPUT)
+@click.option(
+    "--configs",
+    type=_OUTPUT,
+    default="config/training",
+    show_default=True,
+    help="Directory of the configurations arcelin2020_*.py.",
+)
+@click.option("--artefacts", type=_DIRECTORY, help="Directory of networks, before those that ship.")
+@click.option("--real-catalogue", type=_CONFIG, help="File of a galsim.RealGalaxyCatalog.")
+@click.option("--samples", default=4000, show_default=True, help="Images of each test sample.")
+@click.option("--galaxies", type=int, help="Galaxies of each test sample, if fewer than the configuration's.")
+@click.option("--draws", default=10_000, show_default=True, help="Draws from the posterior of one image.")
+@click.option("--threads", default=1, show_default=True, help="Threads of onnxruntime; 0: all.")
+def paper(
+    out: Path,
+    configs: Path,
+    artefacts: Path | None,
+    real_catalogue: Path | None,
+    samples: int,
+    galaxies: int | None,
+    draws: int,
+    threads: int,
+) -> None:
+    """Measure the networks of Arcelin et al. (2020) anew: figures and numbers in OUT/paper.html and .json."""
+    from .evaluation.paper import evaluate_paper
+
+    with _failures():
+        summary = evaluate_paper(
+            out,
+            configs=configs,
+            artefacts=artefacts,
+            real_catalogue=real_catalogue,
+            samples=samples,
+            galaxies=galaxies,
+            draws=draws,
+            threads=threads,
+        )
+    _echo(summary, skip="table")
+    click.echo(f"Report: {out / 'paper.html'}")
 
 
 def _echo(summary: dict, skip: str) -> None:

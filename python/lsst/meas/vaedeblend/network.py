@@ -222,7 +222,7 @@ class NetworkMetadata:
     frame : `dict`
         Frame of the model: ``{"type": "gaussian", "sigma": 0.8}`` with sigma in pixels, or ``{"type":
         "observed", "fwhm": {band: arcsec}}`` with, optionally, ``"profile"`` "kolmogorov" (the default) or
-        "gaussian".
+        "gaussian", and with ``"pixel_scale": {band: arcsec}`` where bands may have pixels of their own.
     centre : `tuple` [`float`]
         (y, x) pixel index of the cutout within half a pixel of which the target lies; half-integers mean a
         corner of pixels.
@@ -774,6 +774,12 @@ class Network(_Artefact):
         if bands is not None and tuple(bands) != mine.bands:
             raise NetworkError(
                 f"{self.path}: the network's bands are {list(mine.bands)}, the data's are {list(bands)}."
+            )
+        scales = {b: s for b, s in mine.frame.get("pixel_scale", {}).items() if s != mine.pixel_scale}
+        if pixel_scale is not None and scales:
+            raise NetworkError(
+                f"{self.path}: the network's pixels are {mine.pixel_scale} arcsec wide but for {scales}: it "
+                f"cannot read images whose pixels are all {pixel_scale} arcsec wide."
             )
         if pixel_scale is not None and not (
             abs(pixel_scale - mine.pixel_scale) <= PIXEL_SCALE_TOLERANCE * mine.pixel_scale

@@ -8,8 +8,9 @@ __all__ = ["FitConfig", "NetworkConfig", "PopulationConfig", "TrainingConfig", "
 
 import os
 
-from lsst.pex.config import ChoiceField, Config, ConfigField, Field, ListField
+from lsst.pex.config import ChoiceField, Config, ConfigField, DictField, Field, ListField
 
+from .blends import BlendConfig
 from .scenes import SceneConfig
 
 
@@ -34,13 +35,35 @@ class PopulationConfig(Config):
         "d log10 N / dm of the embedded model; flatter than the sky's 0.3 gives bright galaxies more weight.",
         default=0.22,
     )
-    stamp_size = Field[int]("Width of the bank's stamps, pixel, odd.", default=97)
+    faintest = DictField[str, float](
+        "Limiting magnitudes by band, besides that in the reference band.", default={}
+    )
+    colour_gradients = Field[bool](
+        "Whether the components of a galaxy have colours of their own.", default=True
+    )
+    knot_fraction = Field[float]("Fraction of the embedded model's disks that carry knots.", default=0.4)
+    real_catalogue = Field[str](
+        "File of a galsim.RealGalaxyCatalog, whose galaxies are mixed in; its image files lie beside it.",
+        optional=True,
+    )
+    real_fraction = Field[float]("Fraction of each sample that is real, with such a catalogue.", default=0.2)
+    stamp_size = Field[int](
+        "Width of the bank's stamps, pixel; odd for fields, even for single blends.", default=97
+    )
     seed = Field[int]("Seed of the random numbers.", default=20200101)
 
 
 class NetworkConfig(Config):
     """Architecture."""
 
+    architecture = ChoiceField[str](
+        "Kind of the networks, and the loss that goes with it.",
+        default="gaussians",
+        allowed={
+            "gaussians": "a decoder that draws sums of Gaussians in the model frame",
+            "convolutional": "the paper's figure 2: convolutions to normalised pixels in the observed frame",
+        },
+    )
     latent_size = Field[int]("Number of latent variables.", default=32)
     widths = ListField[int](
         "Channels of the encoder at 1/4, 1/8 and 1/16 of the resolution.", default=[64, 128, 256]
@@ -77,10 +100,22 @@ class TrainingConfig(Config):
     """Everything that makes a network."""
 
     name = Field[str]("Name of the network, and of its files.", default="network")
-    survey = Field[str]("Survey: a name that surveycodex knows.", default="LSST")
+    survey = Field[str](
+        'Survey: a name that surveycodex knows, or several joined by "+", whose bands share one network.',
+        default="LSST",
+    )
     bands = ListField[str]("Bands, in the network's order.", default=["u", "g", "r", "i", "z", "y"])
     population = ConfigField[PopulationConfig]("Galaxies and stars.")
-    scene = ConfigField[SceneConfig]("Blends.")
+    composition = ChoiceField[str](
+        "How samples are composed.",
+        default="fields",
+        allowed={
+            "fields": "cutouts of crowded fields with varying PSF and depth, targets in the model frame",
+            "blends": "single blends with a fixed PSF and depth, targets in the observed frame (the paper's)",
+        },
+    )
+    scene = ConfigField[SceneConfig]("Crowded fields; of single blends only the width of the cutouts.")
+    blend = ConfigField[BlendConfig]("Single blends.")
     network = ConfigField[NetworkConfig]("Architecture.")
     prior = ConfigField[FitConfig]("Step 1: the variational autoencoder on isolated galaxies.")
     deblender = ConfigField[FitConfig]("Step 2: the deblender, whose decoder is step 1's, frozen.")
@@ -89,6 +124,11 @@ class TrainingConfig(Config):
         super().validate()
         if self.scene.cutout_size % 16:
             raise ValueError(f"cutout_size must be a multiple of 16, not {self.scene.cutout_size}.")
+        if (self.composition == "blends") != (self.network.architecture == "convolutional"):
+            raise ValueError(
+                f"Networks of kind {self.network.architecture} cannot learn from {self.composition}: sums of "
+                "Gaussians need targets in the model frame, convolutional networks in the observed frame."
+            )
 
 
 def load_config(path: str | os.PathLike) -> TrainingConfig:

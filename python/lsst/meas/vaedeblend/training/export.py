@@ -22,11 +22,13 @@ import torch
 from ..evaluation.metrics import ksb_shape, nmad
 from ..network import Network, NetworkMetadata, embed_metadata
 from ..psf import gaussian_psf
+from .blends import psf_stamp
 from .config import TrainingConfig
-from .fit import SceneData, VaeModule, _weights
-from .galaxies import MODEL_SIGMA, GalaxyBank
+from .fit import SceneData, VaeModule, _weights, reference_band
+from .galaxies import MODEL_SIGMA
 from .networks import Deblender
-from .scenes import Cutouts, SceneComposer
+from .scenes import Cutouts
+from .surveys import SurveyInfo
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
 
@@ -58,6 +60,10 @@ def _git_commit() -> str:
 def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs: list[str]) -> bytes:
     """Serialize a module with a free batch size."""
     batch = torch.export.Dim("N", min=1, max=65536)
+    shapes: tuple = tuple({0: batch} for _ in example)
+    # A deblender takes its inputs as one variable argument.
+    if isinstance(module, Deblender):
+        shapes = (shapes,)
     # torch announces its own plans in warnings and prints; the user of an export has no use for them.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -66,7 +72,7 @@ def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs
             example,
             input_names=inputs,
             output_names=outputs,
-            dynamic_shapes=tuple({0: batch} for _ in example),
+            dynamic_shapes=shapes,
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -86,8 +92,9 @@ def _check_agreement(path: Path, module: torch.nn.Module, decoder: torch.nn.Modu
         valid = (torch.rand(n, b, s, s, generator=generator) > 0.05).float()
         moments = torch.tensor([2.5, 2.3, 0.1]) + 0.1 * torch.rand(n, b, 3, generator=generator)
         epsilon = torch.randn(n, length, generator=generator)
+        known = {"image": image, "valid": valid, "noise": noise, "psf_moments": moments, "epsilon": epsilon}
         with torch.no_grad():
-            expected = module(image, valid, noise, moments, epsilon)
+            expected = module(*(known[name] for name in module.inputs))
             drawn = decoder(expected[1])
         found = network.deblend(*(t.numpy() for t in (image, valid, noise, moments, epsilon)))
         pairs = [
@@ -103,7 +110,7 @@ def _check_agreement(path: Path, module: torch.nn.Module, decoder: torch.nn.Modu
 
 
 def figures_of_merit(
-    network: Network, scenes: SceneData, bank: GalaxyBank, config: TrainingConfig, samples: int = 2048
+    network: Network, scenes: SceneData, config: TrainingConfig, samples: int = 2048, isolated: bool = False
 ) -> dict[str, float]:
     """Measure one pass of a network on blends of galaxies that it has not seen.
 
@@ -111,26 +118,26 @@ def figures_of_merit(
     ----------
     network : `lsst.meas.vaedeblend.network.Network`
     scenes : `SceneData`
-        Gives the PSFs and the survey.
-    bank : `GalaxyBank`
-        The test bank.
+        Gives the scenes of the test sample.
     config : `TrainingConfig`
     samples : `int`
         Number of blends.
+    isolated : `bool`
+        Measure on isolated galaxies instead.
 
     Returns
     -------
     figures : `dict` [`str`, `float`]
-        For sources with matched-filter S/N above 10 in the reference band (the middle one, rounded down),
+        For sources with matched-filter S/N above 10 in the reference band (see `reference_band`),
         centred at the true pixel, without later iterations or flux solve: ``flux_meanabs`` and ``flux_nmad``
-        of F / F_true - 1 with errors cut at 5; ``cosine_mean``, the mean cosine similarity in the model
+        of F / F_true - 1 with errors cut at 5; ``cosine_mean``, the mean cosine similarity in the models'
         frame; ``ellipticity_nmad`` and ``shear_response_m``, scatter and slope of the error of the KSB
-        ellipticity against the true one, galsim.hsm with the model frame's PSF.
+        ellipticity against the true one, galsim.hsm with that frame's PSF.
     """
-    composer = SceneComposer(bank, scenes.psfs, scenes.survey, config.scene, np.random.default_rng(5))
+    composer = scenes.composer("test", isolated)(np.random.default_rng(5))
     batch: Cutouts = next(composer.batches(samples))
     output = network.deblend(batch.image, batch.valid.astype(np.float32), batch.noise, batch.psf_moments)
-    ref = len(config.bands) // 3
+    ref = reference_band(config)
     truth, model = batch.target[:, ref].astype(float), output.model[:, ref].astype(float)
     m = batch.psf_moments[:, ref].astype(float)
     area = 4 * np.pi * np.sqrt(m[:, 0] * m[:, 1] - m[:, 2] ** 2)
@@ -140,6 +147,8 @@ def figures_of_merit(
     flux = model.sum((1, 2)) / truth.sum((1, 2)) - 1
     cosine = (truth * model).sum((1, 2)) / np.sqrt((truth**2).sum((1, 2)) * (model**2).sum((1, 2)))
     psf = gaussian_psf(MODEL_SIGMA, 25)
+    if config.composition == "blends":
+        psf = psf_stamp(config.blend, scenes.survey.bands[ref])
     e_true = np.array([ksb_shape(t, psf) for t in truth])
     error = np.array([ksb_shape(t, psf) for t in model]) - e_true
     sound = np.isfinite(error + e_true).all(axis=1) & (np.hypot(*e_true.T) < 0.9) & (np.hypot(*error.T) < 1)
@@ -162,6 +171,7 @@ def export_network(
     out: str | os.PathLike,
     command: str,
     step: str = "deblender",
+    samples: int = 2048,
 ) -> Path:
     """Write NAME.onnx, NAME_decoder.onnx and the card NAME.md.
 
@@ -178,7 +188,9 @@ def export_network(
     command : `str`
         How the network was made, for the card.
     step : `str`
-        The step whose checkpoint is exported.
+        The step whose checkpoint is exported; the prior's files are named NAME_prior.
+    samples : `int`
+        Number of blends on which the figures of merit are measured.
 
     Returns
     -------
@@ -202,22 +214,18 @@ def export_network(
     survey, size = scenes.survey, config.scene.cutout_size
     b, length = len(config.bands), config.network.latent_size
     text = _config_text(config)
-    # Two standard deviations of the scatter between bands belong to the range that was seen often.
-    scatter = np.exp(2 * config.scene.noise_band_scatter)
-    low, high = config.scene.noise_range
+    name = config.name if step == "deblender" else f"{config.name}_{step}"
+    training_range, frame, centre = _conditions(config, survey)
     metadata = NetworkMetadata(
-        name=config.name,
+        name=name,
         kind="deblender",
         bands=tuple(config.bands),
         pixel_scale=survey.pixel_scale,
         cutout_size=size,
         latent_size=length,
-        frame={"type": "gaussian", "sigma": MODEL_SIGMA},
-        centre=(size // 2, size // 2),
-        training_range={
-            "noise": {x.name: [x.noise * low / scatter, x.noise * high * scatter] for x in survey.bands},
-            "psf_fwhm": list(config.scene.psf_fwhm_range),
-        },
+        frame=frame,
+        centre=(centre, centre),
+        training_range=training_range,
         training={
             "config": text,
             "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -229,22 +237,22 @@ def export_network(
         figures_of_merit={},
         licence="GPL-3.0-or-later",
     )
-    example = (
-        torch.randn(3, b, size, size),
-        torch.ones(3, b, size, size),
-        torch.ones(3, b),
-        torch.tensor([2.0, 2.0, 0.0]).expand(3, b, 3).contiguous(),
-        torch.zeros(3, length),
-    )
+    examples = {
+        "image": torch.randn(3, b, size, size),
+        "valid": torch.ones(3, b, size, size),
+        "noise": torch.ones(3, b),
+        "psf_moments": torch.tensor([2.0, 2.0, 0.0]).expand(3, b, 3).contiguous(),
+        "epsilon": torch.zeros(3, length),
+    }
     with torch.no_grad():
         graph = _to_onnx(
             deblender,
-            example,
-            ["image", "valid", "noise", "psf_moments", "epsilon"],
+            tuple(examples[i] for i in deblender.inputs),
+            list(deblender.inputs),
             ["model", "latent_mean", "latent_sigma"],
         )
         decoder_graph = _to_onnx(deblender.decoder, (torch.randn(3, length),), ["latent"], ["model"])
-    path, decoder_path = out / f"{config.name}.onnx", out / f"{config.name}_decoder.onnx"
+    path, decoder_path = out / f"{name}.onnx", out / f"{name}_decoder.onnx"
 
     def write(merit: dict) -> NetworkMetadata:
         own = dataclasses.replace(metadata, figures_of_merit=merit)
@@ -256,16 +264,42 @@ def export_network(
     difference = _check_agreement(path, deblender, deblender.decoder, metadata)
     if difference > MAX_RELATIVE_DIFFERENCE:
         raise RuntimeError(f"The exported graph differs from torch by {difference:.2g}, relative.")
-    merit = figures_of_merit(Network.load(path), scenes, GalaxyBank.load(Path(data) / "test.npz"), config)
+    merit = figures_of_merit(Network.load(path), scenes, config, samples, isolated=step == "prior")
     merit["onnx_torch_difference"] = difference
     merit["command"] = command
-    write_card(write(merit), out / f"{config.name}.md")
+    write_card(write(merit), out / f"{name}.md")
     return path
+
+
+def _conditions(config: TrainingConfig, survey: SurveyInfo) -> tuple[dict, dict, float]:
+    """Training range and frame of the metadata, and the pixel index of the cutout's centre on both axes."""
+    size, bands = config.scene.cutout_size, survey.bands
+    if config.composition == "blends":
+        fwhm = {b.name: config.blend.psf_fwhm[b.name] for b in bands}
+        frame = {"type": "observed", "fwhm": fwhm, "pixel_scale": {b.name: b.pixel_scale for b in bands}}
+        # One depth and one PSF: a tenth either way is as far as a network may be taken from them.
+        noise = {b.name: [0.9 * b.noise, 1.1 * b.noise] for b in bands}
+        seeing = [0.9 * min(fwhm.values()), 1.1 * max(fwhm.values())]
+        return {"noise": noise, "psf_fwhm": seeing}, frame, (size - 1) / 2
+    # Two standard deviations of the scatter between bands belong to the range that was seen often.
+    scatter = np.exp(2 * config.scene.noise_band_scatter)
+    low, high = config.scene.noise_range
+    noise = {b.name: [b.noise * low / scatter, b.noise * high * scatter] for b in bands}
+    training_range = {"noise": noise, "psf_fwhm": list(config.scene.psf_fwhm_range)}
+    return training_range, {"type": "gaussian", "sigma": MODEL_SIGMA}, size // 2
 
 
 def _describe(config: TrainingConfig) -> str:
     p, s = config.population, config.scene
     source = "the embedded COSMOS-like model" if p.cosmos_directory is None else "a COSMOS catalogue"
+    if config.composition == "blends":
+        real = "" if p.real_catalogue is None else f", {100 * p.real_fraction:g} percent real images"
+        return (
+            f"{p.n_train} galaxies of {source}{real}, {p.mag_range[0]:g} < i < {p.mag_range[1]:g} and "
+            f"{', '.join(f'{b} < {m:g}' for b, m in p.faintest.items())}; blends of 1 "
+            f"to {config.blend.max_galaxies} as in Arcelin et al. (2020), decentring: "
+            f"{config.blend.decentring}; fixed PSF and depth of {config.survey}, Poisson noise."
+        )
     return (
         f"{p.n_train} galaxies of {source}, {p.mag_range[0]:g} < i < {p.mag_range[1]:g}, and stars, "
         f"in fields of {s.density_range[0]:g} to {s.density_range[1]:g} sources per square arcmin; "
@@ -280,7 +314,12 @@ def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
     m, t = metadata, metadata.training
     noise = ", ".join(f"{b} {lo:.2g}-{hi:.2g}" for b, (lo, hi) in m.training_range["noise"].items())
     narrow, wide = m.training_range["psf_fwhm"]
-    size, pixel = m.cutout_size, [int(c) for c in m.centre]
+    size, pixel = m.cutout_size, [int(c) if c == int(c) else c for c in m.centre]
+    frame = f"{m.frame['type']}, "
+    if m.frame["type"] == "gaussian":
+        frame += f"sigma {m.frame['sigma']} pixel"
+    else:
+        frame += "FWHM " + ", ".join(f"{b} {f:g}" for b, f in m.frame["fwhm"].items()) + " arcsec"
     lines = [
         f"# {m.name}",
         "",
@@ -290,7 +329,7 @@ def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
         "|---|---|",
         f"| cutout | {size} x {size} pixels, target in pixel {pixel} (y, x) |",
         f"| latent variables | {m.latent_size} |",
-        f"| model frame | {m.frame['type']}, sigma {m.frame.get('sigma')} pixel |",
+        f"| model frame | {frame} |",
         f"| PSF FWHM in training | {narrow:g} to {wide:g} arcsec |",
         f"| noise in training (nJy per pixel) | {noise} |",
         f"| samples | prior {t['samples']['prior']}, deblender {t['samples']['deblender']} |",

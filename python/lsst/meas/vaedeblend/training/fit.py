@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SceneData", "VaeModule", "fit_step"]
+__all__ = ["SceneData", "VaeModule", "fit_step", "reference_band"]
 
 import logging
 import math
@@ -19,12 +19,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .blends import BlendBanks, BlendComposer
 from .config import FitConfig, TrainingConfig
+from .convolutional import normalise
 from .galaxies import GalaxyBank
-from .losses import LossTerms, evidence_loss
-from .networks import Decoder, Encoder
+from .losses import LossTerms, bernoulli_loss, evidence_loss
+from .networks import build_networks
 from .scenes import PsfBank, SceneComposer
-from .surveys import get_survey_info
+from .simulate import survey_of
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
 
@@ -70,35 +72,57 @@ class SceneData(lightning.LightningDataModule):
         super().__init__()
         self._config, self._directory, self._step, self._workers = config, Path(directory), step, workers
         self._fit: FitConfig = getattr(config, step)
+        self.survey = survey_of(config)
         for sample in ("train", "validation"):
-            if not (bank := self._directory / f"{sample}.npz").exists():
-                raise FileNotFoundError(f"There is no {bank}; `vaedeblend simulate` makes it.")
-        self.survey = get_survey_info(config.survey, tuple(config.bands))
-        rng = np.random.default_rng([config.population.seed, 77])
-        self.psfs = PsfBank(config.scene, self.survey.pixel_scale, rng)
+            if config.composition == "blends":
+                roles = BlendBanks.paths(self._directory, sample, len(self.survey.instruments))
+                banks = [path for paths in roles.values() for path in paths]
+            else:
+                banks = [self._directory / f"{sample}.npz"]
+            for bank in banks:
+                if not bank.exists():
+                    raise FileNotFoundError(f"There is no {bank}; `vaedeblend simulate` makes it.")
+        self.psfs = None
+        if config.composition == "fields":
+            rng = np.random.default_rng([config.population.seed, 77])
+            self.psfs = PsfBank(config.scene, self.survey.pixel_scale, rng)
 
     def kernel_power(self) -> Tensor:
-        """Squared modulus of each PSF's difference kernel, (P, S, S // 2 + 1)."""
+        """Squared modulus of each PSF's difference kernel, (P, S, S // 2 + 1); empty for single blends."""
+        if self.psfs is None:
+            return torch.zeros(0)
         return torch.from_numpy(np.abs(self.psfs.kernels(self._config.scene.cutout_size)) ** 2)
 
-    def _composer(self, sample: str):
+    def composer(self, sample: str, isolated: bool | None = None):
+        """Make a function from a random generator to the composer of one sample's scenes.
+
+        Isolated galaxies are those of the prior's step, unless ``isolated`` says otherwise.
+        """
+        config = self._config
+        isolated = self._step == "prior" if isolated is None else isolated
+        if config.composition == "blends":
+            banks = BlendBanks.load(self._directory, sample, self.survey)
+            size = config.scene.cutout_size
+            return lambda rng: BlendComposer(banks, self.survey, config.blend, size, rng, isolated)
         bank = GalaxyBank.load(self._directory / f"{sample}.npz")
-        isolated = self._step == "prior"
-        return lambda rng: SceneComposer(
-            bank, self.psfs, self.survey, self._config.scene, rng, isolated=isolated
-        )
+        return lambda rng: SceneComposer(bank, self.psfs, self.survey, config.scene, rng, isolated=isolated)
+
+    def mean_maximum(self, samples: int = 2000) -> Tensor:
+        """Mean over noisy isolated galaxies of each band's largest pixel, nJy, (B,): equation 4's scale."""
+        composer = self.composer("train", isolated=True)(np.random.default_rng(4))
+        batches = composer.batches(100)
+        maxima = [next(batches).image.max(axis=(2, 3)) for _ in range(-(-samples // 100))]
+        return torch.from_numpy(np.concatenate(maxima).mean(axis=0))
 
     def train_dataloader(self) -> DataLoader:
         # A resumed run must not see the same scenes again, nor two processes the same.
         seed = [self._fit.seed, self.trainer.global_step, self.trainer.global_rank]
-        stream = _Stream(self._composer("train"), self._fit.batch_size, seed)
+        stream = _Stream(self.composer("train"), self._fit.batch_size, seed)
         prefetch = 4 if self._workers else None
         return DataLoader(stream, batch_size=None, num_workers=self._workers, prefetch_factor=prefetch)
 
     def val_dataloader(self) -> DataLoader:
-        stream = _Stream(
-            self._composer("validation"), self._fit.batch_size, [0], self._fit.validation_batches
-        )
+        stream = _Stream(self.composer("validation"), self._fit.batch_size, [0], self._fit.validation_batches)
         return DataLoader(list(stream), batch_size=None)
 
 
@@ -119,22 +143,38 @@ class VaeModule(lightning.LightningModule):
             raise ValueError(f"step must be one of {STEPS}, not {step!r}.")
         self.step, self.fit = step, getattr(config, step)
         bands, size = len(config.bands), config.scene.cutout_size
-        self.encoder = Encoder(bands, size, config.network).to(memory_format=torch.channels_last)
-        self.decoder = Decoder(bands, size, config.network)
+        self.encoder, self.decoder = build_networks(bands, size, config.network)
+        self.convolutional = config.network.architecture == "convolutional"
         if step == "deblender":
             self.decoder.requires_grad_(False)
-        self.reference = bands // 3
+        self.reference = reference_band(config)
         self.register_buffer("kernel_power", kernel_power, persistent=False)
 
     @property
     def _autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.fit.precision == "bf16-mixed" else None
 
+    def set_scale(self, scale: Tensor) -> None:
+        """Set the constants of the paper's normalisation, nJy, (B,); they are part of the weights."""
+        self.encoder.scale.copy_(scale)
+        self.decoder.scale.copy_(scale)
+
     def _forward(self, batch: dict[str, Tensor], sample: bool) -> tuple[LossTerms, Tensor, Tensor]:
+        """Loss, log fluxes (N, B) and images, of unit flux or nJy, (N, B, S, S)."""
         mean, sigma = self.encoder(
-            batch["image"], batch["valid"].float(), batch["noise"], batch["psf_moments"], self._autocast
+            batch["image"],
+            batch["valid"].float(),
+            batch["noise"],
+            batch["psf_moments"],
+            autocast=self._autocast,
         )
         latent = mean + sigma * torch.randn_like(sigma) if sample else mean
+        if self.convolutional:
+            logits = self.decoder.logits(latent, self._autocast)
+            target = normalise(batch["target"], self.decoder.scale)
+            terms = bernoulli_loss(logits, target, mean, sigma, self.fit.kl_weight)
+            model = self.decoder.image(logits.detach())
+            return terms, torch.log(model.sum((2, 3))), model
         shape = self.decoder.shape(latent)
         terms = evidence_loss(
             shape.log_flux,
@@ -209,6 +249,11 @@ def _ellipticity(images: Tensor) -> Tensor:
     return torch.stack([xx - yy, 2 * xy], dim=1) / (xx + yy).clamp(min=1e-30)[:, None]
 
 
+def reference_band(config: TrainingConfig) -> int:
+    """Index of the band in which a training is judged: r, or else the middle one, rounded down."""
+    return config.bands.index("r") if "r" in config.bands else len(config.bands) // 3
+
+
 def _weights(path: Path) -> dict[str, Tensor]:
     """Weights of a checkpoint; only tensors are read, nothing is unpickled beyond them."""
     return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
@@ -245,7 +290,8 @@ def fit_step(
     progress : `bool`
         Show a progress bar.
     initial : path, optional
-        Checkpoint whose weights the step starts from, for transfer learning.
+        Checkpoint whose weights the step starts from, for transfer learning. A deblender that starts from one
+        keeps its decoder if ``run`` has no prior.
 
     Returns
     -------
@@ -254,7 +300,8 @@ def fit_step(
     Raises
     ------
     FileNotFoundError
-        If a bank is not there, or the deblender is asked for before the prior was trained.
+        If a bank is not there, or the deblender is asked for, and there is neither a trained prior nor a
+        checkpoint to start from.
     """
     run = Path(run) / step
     last, final = run / "last.ckpt", run / "final.ckpt"
@@ -267,15 +314,26 @@ def fit_step(
     torch.set_flush_denormal(True)
     scenes = SceneData(config, data, step, workers)
     module = VaeModule(config, step, scenes.kernel_power())
+    if module.convolutional:
+        module.set_scale(scenes.mean_maximum())
+    if initial is not None:
+        module.load_state_dict(_weights(Path(initial)))
     if step == "deblender":
         prior = run.parent / "prior" / "final.ckpt"
-        if not prior.exists():
+        if prior.exists():
+            weights = _weights(prior)
+            # The encoder of another deblender stays; the decoder is always the prior's.
+            part = module if initial is None else module.decoder
+            prefix = "" if initial is None else "decoder."
+            part.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            )
+            if initial is not None and module.convolutional:
+                module.set_scale(module.decoder.scale.clone())
+        elif initial is None:
             raise FileNotFoundError(
                 f"The deblender needs the decoder of a trained prior; there is no {prior}."
             )
-        module.load_state_dict(_weights(prior))
-    if initial is not None:
-        module.load_state_dict(_weights(Path(initial)))
     trainer = lightning.Trainer(
         accelerator=accelerator,
         devices=devices,

@@ -12,7 +12,7 @@ import os
 import galsim
 import numpy as np
 
-from .population import KNOTS, NONE, STAR, Population
+from .population import KNOTS, NONE, REAL, STAR, Population, real_catalogue
 
 MODEL_SIGMA = 0.8
 """Width of the model frame's Gaussian PSF, pixel (scarlet's model frame)."""
@@ -36,6 +36,11 @@ def component_profile(population: Population, row: int, component: int) -> galsi
     p, at = population, (row, component)
     if p.kind[at] == STAR:
         return galsim.DeltaFunction(flux=1.0)
+    if p.kind[at] == REAL:
+        image = galsim.RealGalaxy(
+            real_catalogue(p.catalogue), index=int(-1 - p.source_id[row]), flux=1.0, gsparams=_GSPARAMS
+        )
+        return image.rotate(0.5 * np.arctan2(p.g2[at], p.g1[at]) * galsim.radians)
     if p.kind[at] == KNOTS:
         # Twelve knots: enough to look clumpy, few enough that each is seen.
         seed = galsim.BaseDeviate(int(p.source_id[row]) + 1)
@@ -58,7 +63,7 @@ def galaxy_profile(population: Population, row: int, band: str) -> galsim.GSObje
 
 @dataclasses.dataclass
 class GalaxyBank:
-    """Rendered galaxy components in the model frame.
+    """Rendered galaxy components, in the model frame or as one instrument sees them.
 
     Attributes
     ----------
@@ -66,13 +71,13 @@ class GalaxyBank:
     pixel_scale : `float`
         arcsec per pixel.
     stamps : `numpy.ndarray`, (M, P, P) float32
-        Components of unit total flux; P is odd, the galaxy's pixel is the middle one.
+        Components of unit total flux; where P is odd, the galaxy's pixel is the middle one.
     first, count : `numpy.ndarray`, (N,) int
         Rows of ``stamps`` that belong to each galaxy.
     flux : `numpy.ndarray`, (M, B) float32
         nJy of each component.
     offset : `numpy.ndarray`, (N, 2) float32
-        Position (x, y) of the galaxy's centre from the middle of its pixel, pixel.
+        Position (x, y) of the galaxy's centre from the middle of the stamp, pixel.
     radius : `numpy.ndarray`, (N,) int
         Half-width of the square that holds all but 0.2 percent of the stamp's light.
     area : `numpy.ndarray`, (N,) float32
@@ -120,13 +125,16 @@ def render_bank(
     *,
     stamp_size: int = 97,
     offset_range: float = 0.5,
+    psf: galsim.GSObject | None = None,
+    offset: np.ndarray | None = None,
+    merge: bool = False,
     progress=None,
 ) -> GalaxyBank:
-    """Render every component of a population once, in the model frame.
+    """Render every component of a population once, by default in the model frame.
 
-    Each galaxy gets an offset within its pixel, uniform in +-``offset_range``;
-    flips and quarter turns, which are exact on a grid of odd size, are left to
-    the composition of scenes.
+    Each galaxy gets an offset within its pixel, uniform in +-``offset_range``,
+    if none is given; flips and quarter turns, which are exact on a grid, are
+    left to the composition of scenes.
 
     Parameters
     ----------
@@ -135,9 +143,15 @@ def render_bank(
         arcsec per pixel.
     rng : `numpy.random.Generator`
     stamp_size : `int`
-        Odd number of pixels on a side.
+        Number of pixels on a side; odd unless offsets are given.
     offset_range : `float`
         Half-width of the uniform distribution of offsets, pixel.
+    psf : `galsim.GSObject`, optional
+        PSF, distances in arcsec; the model frame's by default.
+    offset : `numpy.ndarray`, (N, 2), optional
+        Position (x, y) of each galaxy from the middle of its stamp, pixel.
+    merge : `bool`
+        Add the components of a galaxy into one, for galaxies without colour gradients.
     progress : callable, optional
         Called with the number of galaxies done.
 
@@ -148,29 +162,41 @@ def render_bank(
     Raises
     ------
     ValueError
-        If the stamp size is even.
+        If the stamp size is even though galaxies are to be placed within the middle pixel.
     """
-    if stamp_size % 2 == 0:
-        raise ValueError(f"Stamps need an odd size so that a galaxy has a middle pixel, not {stamp_size}.")
+    if offset is None:
+        if stamp_size % 2 == 0:
+            raise ValueError(
+                f"Stamps need an odd size so that a galaxy has a middle pixel, not {stamp_size}."
+            )
+        offset = rng.uniform(-offset_range, offset_range, (len(population), 2))
+    offset = np.asarray(offset, np.float32)
+    present = population.kind != NONE
     n = len(population)
-    count = (population.kind != NONE).sum(axis=1)
+    count = np.ones(n, int) if merge else present.sum(axis=1)
     first = np.concatenate([[0], np.cumsum(count)[:-1]])
     stamps = np.zeros((count.sum(), stamp_size, stamp_size), np.float32)
-    offset = rng.uniform(-offset_range, offset_range, (n, 2)).astype(np.float32)
-    model_psf = galsim.Gaussian(sigma=MODEL_SIGMA * pixel_scale, gsparams=_GSPARAMS)
+    if psf is None:
+        psf = galsim.Gaussian(sigma=MODEL_SIGMA * pixel_scale, gsparams=_GSPARAMS)
     image = galsim.ImageF(stamp_size, stamp_size, scale=pixel_scale)
     radius = np.full(n, stamp_size // 2)
     area = np.zeros(n, np.float32)
-    half = stamp_size // 2
-    yy, xx = np.mgrid[-half : half + 1, -half : half + 1]
-    ring = np.maximum(np.abs(yy), np.abs(xx)).ravel()
+    line = np.arange(stamp_size) - stamp_size // 2
+    ring = np.maximum(np.abs(line[:, None]), np.abs(line)).ravel()
     for row in range(n):
         total = np.zeros(stamp_size * stamp_size)
         weights = population.flux[row].sum(axis=-1)
-        for k, component in enumerate(np.flatnonzero(population.kind[row] != NONE)):
-            profile = galsim.Convolve(component_profile(population, row, component), model_psf)
+        components = np.flatnonzero(present[row])
+        parts = [component_profile(population, row, c) for c in components]
+        if merge:
+            parts = [galsim.Add([p * w for p, w in zip(parts, weights[components], strict=True)])]
+            parts[0] /= weights.sum()
+            weights = weights.sum(keepdims=True)
+            components = [0]
+        for k, component in enumerate(components):
             dx, dy = offset[row].astype(float) * pixel_scale
-            profile.shift(dx, dy).drawImage(image=image, method="auto")
+            profile = galsim.Convolve(parts[k], psf).shift(dx, dy)
+            profile.drawImage(image=image, method="auto")
             stamps[first[row] + k] = image.array
             total += weights[component] * image.array.ravel()
         area[row] = total.sum() ** 2 / (total**2).sum()
@@ -184,9 +210,9 @@ def render_bank(
         stamps=stamps,
         first=first,
         count=count,
-        flux=population.flux[population.kind != NONE].astype(np.float32),
+        flux=(population.total_flux if merge else population.flux[present]).astype(np.float32),
         offset=offset,
-        radius=np.minimum(radius, half),
+        radius=np.minimum(radius, stamp_size // 2),
         area=area,
         source_id=population.source_id,
     )

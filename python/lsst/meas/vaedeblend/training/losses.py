@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LossTerms", "evidence_loss", "flux_loss", "kl_divergence", "shape_chi2"]
+__all__ = ["LossTerms", "bernoulli_loss", "evidence_loss", "flux_loss", "kl_divergence", "shape_chi2"]
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 class LossTerms(NamedTuple):
-    """The loss of each sample, (N,), and its parts."""
+    """The loss of each sample, (N,), and its parts; those that a loss does not have are 0."""
 
     total: Tensor
     chi2: Tensor
@@ -100,3 +100,32 @@ def evidence_loss(
     kl = kl_divergence(mean, sigma)
     total = 5.0 * torch.log1p(chi2 / 10.0) + flux_weight * flux + kl_weight * kl
     return LossTerms(total, chi2, flux, kl)
+
+
+def bernoulli_loss(
+    logits: Tensor, target: Tensor, mean: Tensor, sigma: Tensor, kl_weight: float
+) -> LossTerms:
+    """The paper's equation 6: beta times the divergence from the prior, minus a Bernoulli log-likelihood.
+
+    Parameters
+    ----------
+    logits : `torch.Tensor`, (N, B, S, S)
+        Of the expected pixels.
+    target : `torch.Tensor`, (N, B, S, S)
+        Normalised truth; clipped to between 0 and 1, where it lies but for rounding of the simulation.
+    mean, sigma : `torch.Tensor`, (N, L)
+        The approximate posterior.
+    kl_weight : `float`
+        Beta.
+
+    Notes
+    -----
+    The sum over all pixels and bands. The entropy of the target, a constant of the data, is subtracted, so
+    that a perfect image has a loss of 0 and progress is seen in the log.
+    """
+    target = target.clamp(0.0, 1.0)
+    entropy = -(torch.xlogy(target, target) + torch.xlogy(1.0 - target, 1.0 - target))
+    cross = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    kl = kl_divergence(mean, sigma)
+    none = torch.zeros_like(kl)
+    return LossTerms((cross - entropy).sum((1, 2, 3)) + kl_weight * kl, none, none, kl)

@@ -8,7 +8,7 @@ in pixel^2. Every normalisation happens inside.
 
 from __future__ import annotations
 
-__all__ = ["Decoder", "Deblender", "Encoder", "SourceShape"]
+__all__ = ["Decoder", "Deblender", "Encoder", "SourceShape", "build_networks"]
 
 import math
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .config import NetworkConfig
+from .convolutional import ConvolutionalDecoder, ConvolutionalEncoder
 from .galaxies import MODEL_SIGMA
 
 _LOG_FLUX_OFFSET = 5.0
@@ -98,6 +99,8 @@ class Encoder(nn.Module):
         Cutout width S, a multiple of 16.
     config : `NetworkConfig`
     """
+
+    inputs = ("image", "valid", "noise", "psf_moments")
 
     def __init__(self, bands: int, size: int, config: NetworkConfig):
         super().__init__()
@@ -347,14 +350,36 @@ class Decoder(nn.Module):
 
 
 class Deblender(nn.Module):
-    """Encoder and decoder, with the inputs and outputs of the ONNX contract."""
+    """Encoder and decoder, with the outputs of the ONNX contract.
+
+    Attributes
+    ----------
+    inputs : `tuple` [`str`]
+        Names of the inputs in order: those that the encoder reads, then epsilon.
+    """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        self.inputs = (*encoder.inputs, "epsilon")
 
-    def forward(
-        self, image: Tensor, valid: Tensor, noise: Tensor, psf_moments: Tensor, epsilon: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, sigma = self.encoder(image, valid, noise, psf_moments)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *seen, epsilon = inputs
+        mean, sigma = self.encoder(*seen)
         return self.decoder(mean + sigma * epsilon), mean, sigma
+
+
+def build_networks(bands: int, size: int, config: NetworkConfig) -> tuple[nn.Module, nn.Module]:
+    """Make encoder and decoder of the configured architecture.
+
+    Parameters
+    ----------
+    bands, size : `int`
+        Number of bands and width of the cutouts, pixel.
+    config : `NetworkConfig`
+    """
+    if config.architecture == "convolutional":
+        arguments = bands, size, config.latent_size
+        return ConvolutionalEncoder(*arguments), ConvolutionalDecoder(*arguments)
+    encoder = Encoder(bands, size, config).to(memory_format=torch.channels_last)
+    return encoder, Decoder(bands, size, config)

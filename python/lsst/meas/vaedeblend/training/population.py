@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Galaxy populations: what galaxies there are, before any telescope has seen them.
 
-Two sources give the same `Population`: `draw_population`, a model with
+Three sources give the same `Population`: `draw_population`, a model with
 COSMOS-like number counts, sizes, redshifts and types that ships with the
-package, and `read_cosmos`, a `galsim.COSMOSCatalog` on the user's disk.
+package, `read_cosmos`, the parametric fits of a `galsim.COSMOSCatalog` on the
+user's disk, and `read_real`, the images of a `galsim.RealGalaxyCatalog`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 __all__ = [
     "KNOTS",
     "NONE",
+    "REAL",
     "SERSIC",
     "STAR",
     "Population",
@@ -19,6 +21,9 @@ __all__ = [
     "draw_population",
     "draw_stars",
     "read_cosmos",
+    "read_real",
+    "real_catalogue",
+    "without_gradients",
 ]
 
 import dataclasses
@@ -27,11 +32,12 @@ import os
 
 import galsim
 import numpy as np
+from astropy.table import Table
 
 from .surveys import AB_ZEROPOINT_NJY, SurveyInfo
 
-NONE, SERSIC, KNOTS, STAR = 0, 1, 2, 3
-"""Kinds of a component; a star is a source with a single point-like component."""
+NONE, SERSIC, KNOTS, STAR, REAL = 0, 1, 2, 3, 4
+"""Kinds of a component; a star is a source with a single point-like component, a real galaxy one image."""
 
 _MAX_COMPONENTS = 3
 _SED_FILES = ("CWW_E_ext.sed", "CWW_Sbc_ext.sed", "CWW_Scd_ext.sed", "CWW_Im_ext.sed")
@@ -47,18 +53,21 @@ class Population:
     bands : `tuple` [`str`]
         Bands of the fluxes.
     kind : `numpy.ndarray`, (N, C) int
-        `NONE`, `SERSIC`, `KNOTS` or `STAR`.
+        `NONE`, `SERSIC`, `KNOTS`, `STAR` or `REAL`.
     sersic : `numpy.ndarray`, (N, C)
         Sersic index.
     hlr : `numpy.ndarray`, (N, C)
         Half-light radius, arcsec, of the circle with the ellipse's area.
     g1, g2 : `numpy.ndarray`, (N, C)
-        Reduced-shear ellipticity (a - b) / (a + b) of each component.
+        Reduced-shear ellipticity (a - b) / (a + b) of each component. Of a real galaxy, whose image has its
+        own shape: cosine and sine of twice the angle by which the image is turned.
     flux : `numpy.ndarray`, (N, C, B)
         Flux in nJy.
     redshift : `numpy.ndarray`, (N,)
     source_id : `numpy.ndarray`, (N,) int
-        Identifier of the galaxy in its source; keeps samples disjoint.
+        Identifier of the galaxy in its source; keeps samples disjoint. Row i of a real catalogue has -1 - i.
+    catalogue : `str`
+        File of the `galsim.RealGalaxyCatalog` that real galaxies are images of; empty without any.
     """
 
     bands: tuple[str, ...]
@@ -70,13 +79,19 @@ class Population:
     flux: np.ndarray
     redshift: np.ndarray
     source_id: np.ndarray
+    catalogue: str = ""
 
     def __len__(self) -> int:
         return len(self.redshift)
 
     def __getitem__(self, rows) -> Population:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Population(**{k: v if k == "bands" else v[rows] for k, v in values.items()})
+        return Population(**{k: v[rows] if isinstance(v, np.ndarray) else v for k, v in values.items()})
+
+    def in_bands(self, bands: tuple[str, ...]) -> Population:
+        """The same galaxies in some of the bands."""
+        rows = [self.bands.index(b) for b in bands]
+        return dataclasses.replace(self, bands=tuple(bands), flux=self.flux[..., rows])
 
     @property
     def total_flux(self) -> np.ndarray:
@@ -137,6 +152,7 @@ def draw_population(
     mag_range: tuple[float, float] = (18.0, 27.3),
     count_slope: float = 0.3,
     colour_scatter: float = 0.05,
+    knot_fraction: float = 0.4,
 ) -> Population:
     """Draw galaxies from the embedded COSMOS-like model.
 
@@ -154,6 +170,8 @@ def draw_population(
         a smaller value gives a training set more bright galaxies.
     colour_scatter : `float`
         Standard deviation, mag, of each band's flux about the template's.
+    knot_fraction : `float`
+        Fraction of the disks that carry star-forming knots.
 
     Returns
     -------
@@ -168,7 +186,7 @@ def draw_population(
     trend of HST COSMOS, Leauthaud et al. 2007). Half of the galaxies are
     disks, 30 percent bulge and disk with colours of their own, 20 percent
     single Sersic profiles. Disks are oblate with intrinsic thickness 0.2,
-    seen at random inclination; 40 percent of disks carry star-forming knots.
+    seen at random inclination.
     """
     lo, hi = mag_range
     # Inverse of the cumulative distribution of an exponential law in magnitude.
@@ -219,7 +237,7 @@ def draw_population(
     sed_type[:, 1] = np.abs(rng.normal(0, 0.4, n))
 
     # Component 2: knots in the disk, bluer than it.
-    knotty = has_disk & (rng.random(n) < 0.4)
+    knotty = has_disk & (rng.random(n) < knot_fraction)
     kind[knotty, 2] = KNOTS
     part = rng.uniform(0.03, 0.4, n) * share[:, 0]
     share[knotty, 2] = part[knotty]
@@ -279,12 +297,23 @@ def draw_stars(
 
 
 def concatenate(populations: list[Population]) -> Population:
-    """Join populations of the same bands, in order."""
+    """Join populations of the same bands, in order; at most one catalogue of real galaxies among them."""
     if len({p.bands for p in populations}) != 1:
         raise ValueError(f"Populations have different bands: {[p.bands for p in populations]}.")
-    names = [f.name for f in dataclasses.fields(Population) if f.name != "bands"]
+    catalogues = sorted({p.catalogue for p in populations} - {""})
+    if len(catalogues) > 1:
+        raise ValueError(f"Populations have images from different catalogues: {catalogues}.")
+    names = [f.name for f in dataclasses.fields(Population) if f.name not in ("bands", "catalogue")]
     joined = {k: np.concatenate([getattr(p, k) for p in populations]) for k in names}
-    return Population(bands=populations[0].bands, **joined)
+    return Population(bands=populations[0].bands, catalogue="".join(catalogues), **joined)
+
+
+def without_gradients(population: Population) -> Population:
+    """Give all components of a galaxy the colour of the whole; their shares are those of the mean band."""
+    flux = population.flux
+    total = flux.sum(axis=1, keepdims=True)
+    share = (flux / total).mean(axis=2, keepdims=True)
+    return dataclasses.replace(population, flux=share * total)
 
 
 def read_cosmos(
@@ -360,6 +389,73 @@ def read_cosmos(
     sed_type[:, 0] = np.where(two, 2.0, single_type)
 
     return _assemble(survey, mag, redshift, kind, sersic, hlr, q, angle, share, sed_type)
+
+
+def read_real(path: str | os.PathLike, survey: SurveyInfo, rng: np.random.Generator) -> Population:
+    """Read a `galsim.RealGalaxyCatalog`: galaxies that are images, deconvolved by GalSim when drawn.
+
+    Parameters
+    ----------
+    path : path
+        The catalogue's file; the files of images and PSFs that it names lie beside it.
+    survey : `SurveyInfo`
+        Its bands give the fluxes.
+    rng : `numpy.random.Generator`
+        Draws redshifts and spectral types where the catalogue has none.
+
+    Returns
+    -------
+    population : `Population`
+        One `REAL` component each, unturned.
+
+    Raises
+    ------
+    OSError
+        If the catalogue is not there, or is none.
+
+    Notes
+    -----
+    An image has one band: it is scaled in each band to the flux that the galaxy's spectrum would give, from
+    the catalogue's magnitude (in its own band, for which the survey's i or VIS stands in), the redshift in
+    the companion file ``<stem>_fits.fits`` (column ``zphot``) and the template that suits its Sersic index
+    there (column ``sersicfit``), as in `read_cosmos`. Without them redshifts follow `draw_population`'s
+    distribution, and types are uniform.
+    """
+    path = os.path.abspath(path)
+    catalog = real_catalogue(path)
+    n = catalog.nobjects
+    mag = np.asarray(catalog.mag, float)
+    redshift = np.clip(rng.gamma(3.0, np.maximum(0.0417 * mag - 0.744, 0.1)), 0.02, 3.99)
+    single_type = 3.0 * rng.random(n)
+    stem, extension = os.path.splitext(path)
+    if os.path.exists(companion := f"{stem}_fits{extension}"):
+        table = Table.read(companion)
+        columns = {c.lower(): c for c in table.colnames}
+        where = {int(i): k for k, i in enumerate(table["IDENT"])}
+        at = [where.get(int(i)) for i in catalog.ident]
+        found = np.array([k is not None for k in at])
+        rows = np.array([k for k in at if k is not None], int)
+        if "zphot" in columns:
+            z = np.asarray(table[columns["zphot"]], float)[rows]
+            redshift[found] = np.where((z > 0) & (z < 4), z, redshift[found])
+        if "sersicfit" in columns:
+            index = np.asarray(table[columns["sersicfit"]], float)[rows, 2]
+            single_type[found] = np.select([index < 1.5, index < 3.0], [2.5, 1.0], 0.0)
+    shape = (n, _MAX_COMPONENTS)
+    kind, share, sed_type = np.zeros(shape, int), np.zeros(shape), np.zeros(shape)
+    kind[:, 0], share[:, 0], sed_type[:, 0] = REAL, 1.0, single_type
+    ones, zeros = np.ones(shape), np.zeros(shape)
+    population = _assemble(survey, mag, redshift, kind, ones, ones, ones, zeros, share, sed_type)
+    population.g1[:, 0] = 1.0
+    population.source_id = -1 - np.arange(n)
+    population.catalogue = path
+    return population
+
+
+@functools.cache
+def real_catalogue(path: str) -> galsim.RealGalaxyCatalog:
+    """Open a catalogue of real galaxies once per process; it keeps its image files open."""
+    return galsim.RealGalaxyCatalog(os.path.basename(path), dir=os.path.dirname(path))
 
 
 def _assemble(survey, mag, redshift, kind, sersic, hlr, q, angle, share, sed_type, scatter=1.0) -> Population:

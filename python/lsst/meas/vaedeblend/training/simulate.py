@@ -4,18 +4,28 @@
 
 from __future__ import annotations
 
-__all__ = ["SAMPLES", "draw_sources", "make_banks"]
+__all__ = ["SAMPLES", "centring_errors", "draw_sources", "make_banks", "sample_banks", "survey_of"]
 
 import functools
+import json
 import logging
 import os
 from pathlib import Path
 
 import numpy as np
 
+from .blends import BlendBanks, BlendComposer, fit_centring_error, render_blend_banks
 from .config import PopulationConfig, TrainingConfig
 from .galaxies import render_bank
-from .population import Population, concatenate, draw_population, draw_stars, read_cosmos
+from .population import (
+    Population,
+    concatenate,
+    draw_population,
+    draw_stars,
+    read_cosmos,
+    read_real,
+    without_gradients,
+)
 from .surveys import SurveyInfo, get_survey_info
 
 SAMPLES = ("train", "validation", "test")
@@ -39,24 +49,17 @@ def draw_sources(config: PopulationConfig, survey: SurveyInfo) -> dict[str, Popu
     Raises
     ------
     ValueError
-        If a COSMOS catalogue holds fewer galaxies than the samples ask for in
-        training, where repetition would leak between samples.
+        If a catalogue holds too few galaxies for each sample to have its own.
 
     Notes
     -----
-    A COSMOS catalogue smaller than the training sample is used several times,
-    each time at another orientation; the split is by galaxy all the same.
+    A catalogue smaller than the samples is used several times, each time at
+    another orientation; the split is by galaxy all the same.
     """
     rng = np.random.default_rng(config.seed)
     wanted = {"train": config.n_train, "validation": config.n_validation, "test": config.n_test}
     if config.cosmos_directory is None:
-        galaxies = draw_population(
-            sum(wanted.values()),
-            survey,
-            rng,
-            mag_range=tuple(config.mag_range),
-            count_slope=config.count_slope,
-        )
+        galaxies = _draw_galaxies(sum(wanted.values()), config, survey, rng)
         edges = np.cumsum([0, *wanted.values()])
         rows = {s: np.arange(edges[i], edges[i + 1]) for i, s in enumerate(wanted)}
     else:
@@ -66,23 +69,77 @@ def draw_sources(config: PopulationConfig, survey: SurveyInfo) -> dict[str, Popu
             file_name=config.cosmos_file,
             exclusion_level=config.cosmos_exclusion,
         )
-        order = rng.permutation(len(galaxies))
-        shares = np.cumsum([0, *wanted.values()]) / sum(wanted.values())
-        edges = np.rint(shares * len(order)).astype(int)
-        rows = {}
-        for i, (sample, n) in enumerate(wanted.items()):
-            own = order[edges[i] : edges[i + 1]]
-            if not len(own):
-                raise ValueError(f"{len(galaxies)} COSMOS galaxies are too few for the {sample} sample.")
-            rows[sample] = np.resize(own, n)
+        galaxies = galaxies[_bright_enough(galaxies, config)]
+        rows = _split(len(galaxies), wanted, rng, "COSMOS")
+    if not config.colour_gradients:
+        galaxies = without_gradients(galaxies)
+    real = real_rows = None
+    if config.real_catalogue is not None:
+        # A stream of its own: the split does not depend on the other galaxies.
+        rng = np.random.default_rng([config.seed, 50])
+        real = read_real(config.real_catalogue, survey, rng)
+        real = real[_bright_enough(real, config)]
+        part = {s: round(n * config.real_fraction) for s, n in wanted.items()}
+        real_rows = _split(len(real), part, rng, "real")
     samples = {}
     for sample, own in rows.items():
         population = galaxies[own]
         if config.cosmos_directory is not None:
             _rotate(population, rng)
+        if real is not None:
+            images = real[real_rows[sample]]
+            _rotate(images, rng)
+            population = concatenate([population[: len(population) - len(images)], images])
         stars = draw_stars(max(1, round(config.star_fraction * wanted[sample])), survey, rng)
         samples[sample] = concatenate([population, stars]) if config.star_fraction > 0 else population
     return samples
+
+
+def _draw_galaxies(
+    n: int, config: PopulationConfig, survey: SurveyInfo, rng: np.random.Generator
+) -> Population:
+    """Draw ``n`` galaxies of the embedded model that are bright enough in all bands with a limit."""
+    drawn: list[Population] = []
+    while (have := sum(map(len, drawn))) < n:
+        population = draw_population(
+            n - have,
+            survey,
+            rng,
+            mag_range=tuple(config.mag_range),
+            count_slope=config.count_slope,
+            knot_fraction=config.knot_fraction,
+        )
+        kept = population[_bright_enough(population, config)]
+        if not len(kept) and len(drawn) > 100:
+            raise ValueError(f"No galaxy of the embedded model is brighter than {dict(config.faintest)}.")
+        drawn.append(kept)
+    galaxies = concatenate(drawn)
+    galaxies.source_id = np.arange(n)
+    return galaxies
+
+
+def _bright_enough(population: Population, config: PopulationConfig) -> np.ndarray:
+    """Whether a galaxy is brighter than every band's limit."""
+    good = np.ones(len(population), bool)
+    for band, limit in config.faintest.items():
+        good &= population.magnitude(band) < limit
+    return good
+
+
+def _split(
+    available: int, wanted: dict[str, int], rng: np.random.Generator, kind: str
+) -> dict[str, np.ndarray]:
+    """Deal out the galaxies of a catalogue to the samples, in proportion, and repeat them where too few."""
+    order = rng.permutation(available)
+    shares = np.cumsum([0, *wanted.values()]) / max(1, sum(wanted.values()))
+    edges = np.rint(shares * available).astype(int)
+    rows = {}
+    for i, (sample, n) in enumerate(wanted.items()):
+        own = order[edges[i] : edges[i + 1]]
+        if not len(own) and n:
+            raise ValueError(f"{available} {kind} galaxies are too few for the {sample} sample.")
+        rows[sample] = np.resize(own, n)
+    return rows
 
 
 def _rotate(population: Population, rng: np.random.Generator) -> None:
@@ -94,9 +151,11 @@ def _rotate(population: Population, rng: np.random.Generator) -> None:
 
 
 def make_banks(config: TrainingConfig, directory: str | os.PathLike) -> None:
-    """Render the three banks into ``directory``, as train.npz, validation.npz and test.npz.
+    """Render the banks of the three samples into ``directory``.
 
-    Banks that are there already are kept: remove them to draw anew.
+    A bank of fields is one file, train.npz, validation.npz or test.npz; a bank of single blends is one file
+    for each instrument and role, e.g. train_target_0.npz. Banks that are there already are kept: remove them
+    to draw anew.
 
     Parameters
     ----------
@@ -105,19 +164,75 @@ def make_banks(config: TrainingConfig, directory: str | os.PathLike) -> None:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    survey = get_survey_info(config.survey, tuple(config.bands))
+    survey = survey_of(config)
     for i, (sample, population) in enumerate(draw_sources(config.population, survey).items()):
-        path = directory / f"{sample}.npz"
-        if path.exists():
-            _LOG.info("Keeping %s.", path)
+        paths = _bank_paths(config, survey, directory, sample)
+        if all(p.exists() for p in paths):
+            _LOG.info("Keeping the %s sample in %s.", sample, directory)
             continue
         rng = np.random.default_rng([config.population.seed, i + 1])
-        bank = render_bank(
-            population,
-            survey.pixel_scale,
-            rng,
-            stamp_size=config.population.stamp_size,
-            progress=functools.partial(_LOG.info, "%s: of %d sources, done: %d.", sample, len(population)),
-        )
-        bank.save(path)
-        _LOG.info("Wrote %s: %d sources, %d components.", path, len(bank), len(bank.stamps))
+        progress = functools.partial(_LOG.info, "%s: of %d sources, done: %d.", sample, len(population))
+        if config.composition == "blends":
+            sample_banks(config, population, rng, progress).save(directory, sample)
+        else:
+            bank = render_bank(
+                population,
+                survey.pixel_scale,
+                rng,
+                stamp_size=config.population.stamp_size,
+                progress=progress,
+            )
+            bank.save(paths[0])
+        _LOG.info("Wrote %s: %d sources.", ", ".join(p.name for p in paths), len(population))
+    if config.composition == "blends" and config.blend.decentring == "peaks":
+        _write_centring(config, survey, directory)
+
+
+def _bank_paths(config: TrainingConfig, survey: SurveyInfo, directory: Path, sample: str) -> list[Path]:
+    if config.composition == "fields":
+        return [directory / f"{sample}.npz"]
+    paths = BlendBanks.paths(directory, sample, len(survey.instruments))
+    return [p for role in paths.values() for p in role]
+
+
+def sample_banks(
+    config: TrainingConfig, population: Population, rng: np.random.Generator, progress=None
+) -> BlendBanks:
+    """Render the banks of single blends that a configuration asks for, of any population."""
+    return render_blend_banks(
+        population,
+        survey_of(config),
+        config.blend,
+        rng,
+        stamp_size=config.population.stamp_size,
+        merge=not config.population.colour_gradients,
+        progress=progress,
+    )
+
+
+def survey_of(config: TrainingConfig) -> SurveyInfo:
+    """The survey of a configuration, in its bands and with its exposures."""
+    exposure = tuple(config.blend.exposure.items()) if config.composition == "blends" else ()
+    return get_survey_info(config.survey, tuple(config.bands), exposure)
+
+
+def centring_errors(
+    banks: BlendBanks, config: TrainingConfig, rng: np.random.Generator, n: int
+) -> np.ndarray:
+    """Distances of the detected centroids from the true centres in ``n`` blends, arcsec."""
+    composer = BlendComposer(banks, survey_of(config), config.blend, config.scene.cutout_size, rng)
+    blends = (composer.blend() for _ in range(n))
+    return np.array([np.hypot(*(b.centroid - b.position[0])) for b in blends])
+
+
+def _write_centring(config: TrainingConfig, survey: SurveyInfo, directory: Path) -> None:
+    """Fit the centring error in blends of the training sample, for the isolated galaxies of the prior."""
+    path = directory / "centring.json"
+    if path.exists():
+        _LOG.info("Keeping %s.", path)
+        return
+    banks = BlendBanks.load(directory, "train", survey)
+    rng = np.random.default_rng([config.population.seed, 99])
+    errors = centring_errors(banks, config, rng, config.blend.centring_blends)
+    path.write_text(json.dumps(fit_centring_error(errors)) + "\n")
+    _LOG.info("Wrote %s; the median centring error is %.3f arcsec.", path, np.median(errors))

@@ -8,6 +8,7 @@ __all__ = ["AB_ZEROPOINT_NJY", "BandInfo", "SurveyInfo", "get_survey_info"]
 
 import dataclasses
 import functools
+import itertools
 
 import astropy.units as u
 import numpy as np
@@ -18,7 +19,9 @@ from surveycodex.utilities import mean_sky_level
 AB_ZEROPOINT_NJY = 31.4
 """AB magnitude of 1 nJy, to the three digits the pipelines use."""
 
-_FILTER_GROUPS = {"LSST": "lsst2023", "HSC": "hsc2017", "Euclid_VIS": "euclid", "Euclid_NISP": "euclid"}
+_FILTER_GROUPS = {"LSST": "lsst2023", "HSC": "hsc2017", "Euclid_VIS": "Euclid", "Euclid_NISP": "Euclid"}
+_FILTER_NAMES = {"IE": "VIS", "YE": "Y", "JE": "J", "HE": "H"}
+"""Where speclite's name of a filter is not surveycodex's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,10 @@ class BandInfo:
         Typical full width at half maximum of the PSF, arcsec.
     counts_per_njy : `float`
         Electrons collected per nJy in the full exposure.
+    sky_counts : `float`
+        Electrons per pixel that the sky gives in the full exposure.
+    pixel_scale : `float`
+        arcsec per pixel.
     wavelength, response : `numpy.ndarray`
         Filter curve: wavelength in nm and dimensionless transmission.
     """
@@ -44,13 +51,15 @@ class BandInfo:
     noise: float
     psf_fwhm: float
     counts_per_njy: float
+    sky_counts: float
+    pixel_scale: float
     wavelength: np.ndarray = dataclasses.field(repr=False, compare=False)
     response: np.ndarray = dataclasses.field(repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class SurveyInfo:
-    """A survey: its pixel scale (arcsec per pixel) and its bands, in order."""
+    """A survey, or several together: bands in order, and the pixel scale (arcsec per pixel) of the first."""
 
     name: str
     pixel_scale: float
@@ -65,18 +74,28 @@ class SurveyInfo:
         """Background standard deviation per band, nJy, shape (B,)."""
         return np.array([b.noise for b in self.bands])
 
+    @property
+    def instruments(self) -> tuple[SurveyInfo, ...]:
+        """The runs of bands that have the same pixels, each a survey of its own; one for a single survey."""
+        runs = itertools.groupby(self.bands, key=lambda b: b.pixel_scale)
+        return tuple(SurveyInfo(self.name, scale, tuple(bands)) for scale, bands in runs)
+
 
 @functools.cache
-def get_survey_info(name: str, bands: tuple[str, ...] | None = None) -> SurveyInfo:
+def get_survey_info(
+    name: str, bands: tuple[str, ...] | None = None, exposure: tuple[tuple[str, float], ...] = ()
+) -> SurveyInfo:
     """Collect what simulations need to know of a survey.
 
     Parameters
     ----------
     name : `str`
         A survey of `surveycodex` with filter curves in `speclite`: "LSST",
-        "HSC", "Euclid_VIS" or "Euclid_NISP".
+        "HSC", "Euclid_VIS" or "Euclid_NISP"; or several joined by "+".
     bands : `tuple` [`str`], optional
         Bands in the order wanted; all of the survey's by default.
+    exposure : `tuple` [`tuple` [`str`, `float`]], optional
+        Bands and their exposure times, s, where these are not surveycodex's.
 
     Returns
     -------
@@ -85,37 +104,40 @@ def get_survey_info(name: str, bands: tuple[str, ...] | None = None) -> SurveyIn
     Raises
     ------
     ValueError
-        If the survey is unknown, or lacks one of the bands.
+        If a survey is unknown, or lacks one of the bands.
 
     Notes
     -----
     The background noise is the Poisson noise of the mean sky level,
     ``sqrt(sky)`` electrons, over the electrons that 1 nJy yields.
     """
-    if name not in _FILTER_GROUPS:
-        raise ValueError(f"Unknown survey {name!r}; known are {', '.join(sorted(_FILTER_GROUPS))}.")
+    known: dict[str, str] = {}
+    for part in name.split("+"):
+        if part not in _FILTER_GROUPS:
+            raise ValueError(f"Unknown survey {part!r}; known are {', '.join(sorted(_FILTER_GROUPS))}.")
+        known |= dict.fromkeys(surveycodex.get_survey(part).available_filters, part)
+    wanted = tuple(known) if bands is None else bands
+    if missing := [b for b in wanted if b not in known]:
+        raise ValueError(f"Survey {name} has no band {', '.join(missing)}; it has {list(known)}.")
+    infos = tuple(_band_info(known[b], b, dict(exposure).get(b)) for b in wanted)
+    return SurveyInfo(name=name, pixel_scale=infos[0].pixel_scale, bands=infos)
+
+
+def _band_info(name: str, band: str, exposure: float | None) -> BandInfo:
     survey = surveycodex.get_survey(name)
-    wanted = tuple(survey.available_filters) if bands is None else bands
-    if missing := [b for b in wanted if b not in survey.available_filters]:
-        raise ValueError(
-            f"Survey {name} has no band {', '.join(missing)}; it has {survey.available_filters}."
-        )
-    infos = []
-    for band in wanted:
-        filt = survey.get_filter(band)
-        curve = speclite.filters.load_filter(f"{_FILTER_GROUPS[name]}-{band}")
-        # surveycodex's zeropoint is the magnitude that gives 1 electron/s.
-        per_second = 10 ** (-0.4 * (AB_ZEROPOINT_NJY - filt.zeropoint.value))
-        counts_per_njy = per_second * filt.full_exposure_time.to_value(u.s)
-        sky = mean_sky_level(survey, filt).value
-        infos.append(
-            BandInfo(
-                name=band,
-                noise=float(np.sqrt(sky) / counts_per_njy),
-                psf_fwhm=float(filt.psf_fwhm.to_value(u.arcsec)),
-                counts_per_njy=float(counts_per_njy),
-                wavelength=np.asarray(curve.wavelength) / 10.0,
-                response=np.asarray(curve.response),
-            )
-        )
-    return SurveyInfo(name=name, pixel_scale=float(survey.pixel_scale.to_value(u.arcsec)), bands=tuple(infos))
+    filt = survey.get_filter(band)
+    curve = speclite.filters.load_filter(f"{_FILTER_GROUPS[name]}-{_FILTER_NAMES.get(band, band)}")
+    seconds = filt.full_exposure_time.to_value(u.s) if exposure is None else exposure
+    # surveycodex's zeropoint is the magnitude that gives 1 electron/s.
+    per_second = 10 ** (-0.4 * (AB_ZEROPOINT_NJY - filt.zeropoint.value))
+    sky = mean_sky_level(survey, filt).value * seconds / filt.full_exposure_time.to_value(u.s)
+    return BandInfo(
+        name=band,
+        noise=float(np.sqrt(sky) / (per_second * seconds)),
+        psf_fwhm=float(filt.psf_fwhm.to_value(u.arcsec)),
+        counts_per_njy=float(per_second * seconds),
+        sky_counts=float(sky),
+        pixel_scale=float(survey.pixel_scale.to_value(u.arcsec)),
+        wavelength=np.asarray(curve.wavelength) / 10.0,
+        response=np.asarray(curve.response),
+    )

@@ -1,0 +1,15 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+# ruff: noqa: F821
+"""Arcelin et al. (2020), section 2.1.3 (ii): the brightest peak found on 128-pixel images in r."""
+
+import os
+
+config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst.py"))
+config.name = "arcelin2020_decentred_peaks"
+config.blend.decentring = "peaks"
+config.population.stamp_size = 128
+# Four times the pixels of the centred banks.
+config.population.n_train = 15_000
+config.prior.samples = 150_000
+config.deblender.samples = 300_000

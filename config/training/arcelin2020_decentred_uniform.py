@@ -1,0 +1,14 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+# ruff: noqa: F821
+"""Arcelin et al. (2020), section 2.1.3 (i): targets anywhere in a square of one LSST pixel."""
+
+import os
+
+config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst.py"))
+config.name = "arcelin2020_decentred_uniform"
+config.blend.decentring = "uniform"
+# Shifts are made in Fourier space: what leaves a stamp comes back on the other side, not in the cutout.
+config.population.stamp_size = 96
+config.prior.samples = 150_000
+config.deblender.samples = 300_000

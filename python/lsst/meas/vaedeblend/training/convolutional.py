@@ -1,0 +1,168 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The networks of Arcelin et al. (2020), figure 2: convolutions to and from normalised pixels."""
+
+from __future__ import annotations
+
+__all__ = ["BETA", "ConvolutionalDecoder", "ConvolutionalEncoder", "denormalise", "normalise"]
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+BETA = 2.5
+"""Constant of the paper's equation 4."""
+
+WIDTHS = (32, 64, 128, 256)
+HIDDEN = 256
+
+_MAX_LOGIT = 14.0
+"""Decoded pixels reach 1 - 1e-6, some 250 times the mean maximum; beyond, float32 has no digits left."""
+
+
+def normalise(image: Tensor, scale: Tensor) -> Tensor:
+    """Equation 4, tanh(asinh(y)) with y = beta image / scale; equal to y / sqrt(1 + y^2).
+
+    Parameters
+    ----------
+    image : `torch.Tensor`, (N, B, S, S)
+        nJy.
+    scale : `torch.Tensor`, (B,)
+        Mean of the images' largest pixels, nJy.
+    """
+    y = image * (BETA / scale)[:, None, None]
+    return y * torch.rsqrt(1.0 + y * y)
+
+
+def denormalise(logit: Tensor, scale: Tensor) -> Tensor:
+    """Inverse of `normalise` for x = sigmoid(logit): nJy.
+
+    y = x / sqrt((1 - x) (1 + x)), with 1 - x = sigmoid(-logit), which keeps its digits near 1.
+    """
+    logit = logit.clamp(max=_MAX_LOGIT)
+    x = torch.sigmoid(logit)
+    y = x * torch.rsqrt(torch.sigmoid(-logit) * (1.0 + x))
+    return y * (scale / BETA)[:, None, None]
+
+
+class _PReLU(nn.Module):
+    """Parametric rectifier with a slope for every unit, as Keras has it: what figure 2's counts include."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch knows one slope per channel: units as channels are much faster than arithmetic on whole maps.
+        return functional.prelu(x.flatten(1), self.weight.flatten().to(x.dtype)).view(x.shape)
+
+
+class ConvolutionalEncoder(nn.Module):
+    """Read a noisy cutout and give the approximate posterior of the central galaxy.
+
+    Parameters
+    ----------
+    bands : `int`
+        Number of bands B.
+    size : `int`
+        Cutout width S, a multiple of 16.
+    latent_size : `int`
+        Number L of latent variables.
+    """
+
+    inputs = ("image",)
+
+    def __init__(self, bands: int, size: int, latent_size: int):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(bands))
+        layers: list[nn.Module] = []
+        channels = bands
+        for width in WIDTHS:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), _PReLU(width, size, size)]
+            size //= 2
+            layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), _PReLU(width, size, size)]
+            channels = width
+        layers += [nn.Flatten(), nn.Linear(channels * size * size, HIDDEN), _PReLU(HIDDEN)]
+        self.body = nn.Sequential(*layers)
+        self.mean = nn.Linear(HIDDEN, latent_size)
+        self.log_sigma = nn.Linear(HIDDEN, latent_size)
+
+    def forward(self, image: Tensor, *ignored: Tensor, autocast: torch.dtype | None = None):
+        """Encode.
+
+        Parameters
+        ----------
+        image : `torch.Tensor`, (N, B, S, S)
+            nJy.
+        *ignored
+            Validity, noise and PSF, which are fixed for these networks.
+        autocast : `torch.dtype`, optional
+            Type in which the convolutions run; that of the weights by default.
+
+        Returns
+        -------
+        mean, sigma : `torch.Tensor`, (N, L)
+            Parameters of the approximate posterior.
+        """
+        x = normalise(image, self.scale)
+        if autocast is None:
+            x = self.body(x)
+        else:
+            with torch.autocast(image.device.type, autocast):
+                x = self.body(x)
+        x = x.float()
+        return self.mean(x), torch.exp(self.log_sigma(x).clamp(-7.0, 2.0))
+
+
+class ConvolutionalDecoder(nn.Module):
+    """Draw a galaxy from latent variables: the mirror image of the encoder.
+
+    Parameters
+    ----------
+    bands, size, latent_size
+        As for `ConvolutionalEncoder`.
+    """
+
+    def __init__(self, bands: int, size: int, latent_size: int):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(bands))
+        grid = size // 2 ** len(WIDTHS)
+        units = WIDTHS[-1] * grid * grid
+        layers: list[nn.Module] = [
+            *(nn.Linear(latent_size, HIDDEN), _PReLU(HIDDEN)),
+            *(nn.Linear(HIDDEN, units), _PReLU(units)),
+            nn.Unflatten(1, (WIDTHS[-1], grid, grid)),
+        ]
+        channels = WIDTHS[-1]
+        for width in reversed(WIDTHS):
+            grid *= 2
+            layers += [
+                nn.ConvTranspose2d(channels, width, 3, stride=2, padding=1, output_padding=1),
+                _PReLU(width, grid, grid),
+                # A transposed convolution without stride is a convolution with the kernel turned: the same
+                # layer to a network that learns its kernels, at half the cost.
+                nn.Conv2d(width, width, 3, padding=1),
+                _PReLU(width, grid, grid),
+            ]
+            channels = width
+        self.body = nn.Sequential(*layers)
+        self.last = nn.Conv2d(channels, bands, 3, padding=1)
+        # Most of an image is sky: start there rather than half-way to saturation.
+        nn.init.constant_(self.last.bias, -5.0)
+
+    def logits(self, latent: Tensor, autocast: torch.dtype | None = None) -> Tensor:
+        """Logits of the Bernoulli distributions of normalised pixels, (N, B, S, S)."""
+        if autocast is None:
+            return self.last(self.body(latent))
+        with torch.autocast(latent.device.type, autocast):
+            x = self.body(latent)
+        # Single precision for the pixels themselves: bfloat16 has steps of one percent.
+        return self.last(x.float())
+
+    def image(self, logits: Tensor) -> Tensor:
+        """Images in the observed frame, nJy, of logits."""
+        return denormalise(logits, self.scale)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Images in the observed frame, nJy, (N, B, S, S)."""
+        return self.image(self.logits(latent))
