@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from lsst.meas.vaedeblend.cli import main
 from lsst.meas.vaedeblend.network import Network, NetworkError
+from lsst.meas.vaedeblend.training import losses
 from lsst.meas.vaedeblend.training.config import TrainingConfig, load_config
 from lsst.meas.vaedeblend.training.export import export_network
 from lsst.meas.vaedeblend.training.fit import fit_step
@@ -93,6 +94,14 @@ def test_artefact_states_what_it_is(trained):
     assert m.training["config_sha256"] in card and "shear_response_m" in card
     with pytest.raises(NetworkError, match="bands"):
         Network.load(path, bands=("r", "g", "i"))
+
+
+def test_artefact_holds_no_path_of_the_machine(trained):
+    _, where, path = trained
+    package = str(Path(losses.__file__).parents[1]).encode()
+    for file in (path, path.with_name("small_gri_decoder.onnx")):
+        data = file.read_bytes()
+        assert b".py" not in data and package not in data and str(where).encode() not in data
 
 
 def test_artefact_takes_any_batch_size(trained):

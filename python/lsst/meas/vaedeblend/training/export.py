@@ -77,7 +77,25 @@ def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs
             external_data=False,
             verbose=False,
         )
-    return program.model_proto.SerializeToString()
+    return _without_traces(program.model_proto).SerializeToString()
+
+
+def _without_traces(model):
+    """Drop what torch notes of how a graph came about: stack traces, with paths of the exporting machine."""
+    graphs = [model.graph, *model.functions]
+    while graphs:
+        graph = graphs.pop()
+        for item in (graph, *graph.node, *graph.value_info):
+            del item.metadata_props[:]
+            item.doc_string = ""
+        if hasattr(graph, "initializer"):
+            for item in (*graph.initializer, *graph.input, *graph.output):
+                del item.metadata_props[:]
+                item.doc_string = ""
+        graphs += [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    del model.metadata_props[:]
+    model.doc_string = ""
+    return model
 
 
 def _check_agreement(path: Path, module: torch.nn.Module, decoder: torch.nn.Module, metadata) -> float:
