@@ -15,7 +15,6 @@ from lsst.meas.vaedeblend.network import NetworkError
 from lsst.meas.vaedeblend.psf import gaussian_psf
 from matplotlib.image import imread
 from synthetic import gaussian_image, metadata, write_network
-from test_fields import shared
 
 NOISE = np.array([0.02, 0.03, 0.04, 0.08, 0.14])
 RANGE = {"noise": {band: [1.0, 9.0] for band in BANDS}, "psf_fwhm": [0.4, 1.6]}
@@ -117,16 +116,14 @@ def test_wrong_files_are_refused(tmp_path):
         HscBlend.read(tmp_path / "1.npz")
 
 
-def test_real_blends(hsc_network, tmp_path):
-    real = shared() / "data" / "hsc_blends"
-    if not real.is_dir():
-        pytest.skip("the shared HSC blends are not here")
+def test_real_blends(shared, tmp_path):
+    real = shared / "data" / "hsc_blends"
     few = tmp_path / "few"
     few.mkdir()
     for path in sorted(real.glob("*.npz"))[:2]:
         shutil.copy(path, few)
-    summary = evaluate_hsc(few, tmp_path / "out", network=str(hsc_network))
-    assert summary["n_blends"] == 2
+    summary = evaluate_hsc(few, tmp_path / "out")
+    assert summary["network"] == "hsc_grizy" and summary["n_blends"] == 2
     for row in summary["blends"]:
         assert row["n_objects"] >= row["n_peaks"]
         assert row["chi2"] < 0.5 * row["chi2_before"]

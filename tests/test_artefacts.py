@@ -1,0 +1,89 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The networks that ship: sound, documented, and good for something."""
+
+from pathlib import Path
+
+import lsst.meas.vaedeblend.artefacts
+import numpy as np
+import pytest
+from lsst.meas.vaedeblend.deblender import deblend
+from lsst.meas.vaedeblend.evaluation.metrics import match
+from lsst.meas.vaedeblend.evaluation.patch import simulate_patch
+from lsst.meas.vaedeblend.network import load_network, resolve, shipped_networks
+from lsst.meas.vaedeblend.scene import Parent, PsfGrid, Scene
+from lsst.meas.vaedeblend.training.config import TrainingConfig
+
+DIRECTORY = Path(lsst.meas.vaedeblend.artefacts.__file__).parent
+SURVEYS = {"lsst_ugrizy": ("LSST", "ugrizy", 0.2), "hsc_grizy": ("HSC", "grizy", 0.168)}
+
+
+def test_the_first_networks_ship():
+    assert set(SURVEYS) <= set(shipped_networks())
+
+
+@pytest.mark.parametrize("name", shipped_networks())
+def test_files_are_documented_and_of_bounded_size(name):
+    card = (DIRECTORY / f"{name}.md").read_text()
+    metadata = load_network(name, threads=1).metadata
+    assert metadata.training["config_sha256"] in card
+    assert metadata.figures_of_merit["command"].splitlines()[0] in card
+    for key, value in metadata.figures_of_merit.items():
+        assert key == "command" or (f"{value:.4g}" if isinstance(value, float) else str(value)) in card
+    config = TrainingConfig()
+    config.loadFromString(metadata.training["config"])
+    assert tuple(config.bands) == metadata.bands and config.name == name
+    for path in (resolve(name), DIRECTORY / f"{name}_decoder.onnx"):
+        assert path.stat().st_size < 25e6
+        assert b'File "' not in path.read_bytes()
+
+
+@pytest.mark.parametrize("name", SURVEYS)
+def test_decoder_draws_what_the_deblender_drew(name):
+    network = load_network(name, threads=1)
+    m = network.metadata
+    survey, bands, scale = SURVEYS[name]
+    assert (m.bands, m.pixel_scale) == (tuple(bands), scale)
+    rng = np.random.default_rng(1)
+    shape = (3, len(m.bands), m.cutout_size, m.cutout_size)
+    image = rng.normal(size=shape).astype(np.float32)
+    image[:, :, 30:35, 30:35] += 20.0
+    out = network.deblend(
+        image,
+        np.ones_like(image),
+        np.ones(shape[:2], np.float32),
+        np.tile(np.float32([2, 2, 0]), (*shape[:2], 1)),
+    )
+    assert out.finite.all() and (out.latent_sigma > 0).all()
+    drawn = network.decoder.render(out.latent_mean)
+    np.testing.assert_allclose(drawn, out.model, rtol=1e-3, atol=1e-4 * out.model.max())
+
+
+@pytest.mark.parametrize("name", SURVEYS)
+def test_simulated_galaxies_come_out_with_their_fluxes(name):
+    """One field of the survey, true centres: half of the bright galaxies within 15 percent."""
+    survey, bands, _ = SURVEYS[name]
+    network = load_network(name, threads=1)
+    patch = simulate_patch(
+        7, survey=survey, bands=tuple(bands), n_galaxies=50, cells=(1, 2), mag_range=(20.0, 25.0)
+    )
+    height, width = patch.image.shape[1:]
+    stamps = np.moveaxis(patch.psf, 0, 2).reshape(2, len(bands), *patch.psf.shape[3:])
+    peaks = np.column_stack([patch.x, patch.y])
+    scene = Scene(
+        tuple(bands),
+        patch.image,
+        patch.variance,
+        psf=PsfGrid(stamps, patch.cell_shape, (1, 2)),
+        pixel_scale=patch.pixel_scale,
+        parents=[Parent(1, 0, 0, np.ones((height, width), bool), peaks)],
+    )
+    result = deblend(scene, network)
+    sources = result.sources
+    index, truth = match(np.column_stack([sources.peak_x, sources.peak_y]), peaks, 1e-6)
+    assert len(index) == 50
+    band = bands.index("r")
+    bright = patch.snr[truth, band] > 20
+    error = np.abs(sources.flux[index[bright], band] / patch.flux[truth[bright], band] - 1)
+    assert bright.sum() > 10 and np.median(error) < 0.15
+    assert result.parents.chi2[0] < 0.2 * result.parents.chi2_start[0]
