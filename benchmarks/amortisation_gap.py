@@ -19,7 +19,7 @@ import torch
 from lsst.meas.vaedeblend.evaluation.metrics import ksb_shape, nmad
 from lsst.meas.vaedeblend.psf import gaussian_psf
 from lsst.meas.vaedeblend.training.config import load_config
-from lsst.meas.vaedeblend.training.fit import SceneData, VaeModule, _weights
+from lsst.meas.vaedeblend.training.fit import SceneData, VaeModule, load_weights
 from lsst.meas.vaedeblend.training.galaxies import MODEL_SIGMA, GalaxyBank
 from lsst.meas.vaedeblend.training.scenes import SceneComposer
 
@@ -55,7 +55,7 @@ def main() -> None:
     config.scene.mask_fraction = config.scene.band_dropout = 0.0
     scenes = SceneData(config, arguments.data, "deblender", workers=0)
     module = VaeModule(config, "deblender", scenes.kernel_power())
-    module.load_state_dict(_weights(arguments.run / "deblender" / "final.ckpt"))
+    module.load_state_dict(load_weights(arguments.run / "deblender" / "final.ckpt"))
     module.eval()
     torch.set_flush_denormal(True)
     bank = GalaxyBank.load(arguments.data / "test.npz")

@@ -18,7 +18,7 @@ from lsst.meas.vaedeblend.deblender import deblend
 from lsst.meas.vaedeblend.evaluation.detection import detection_mask, psf_sigma
 from lsst.meas.vaedeblend.evaluation.patch import simulate_patch
 from lsst.meas.vaedeblend.network import Network
-from lsst.meas.vaedeblend.scene import PsfGrid, Scene, find_parents
+from lsst.meas.vaedeblend.scene import find_parents
 
 
 class _Timed:
@@ -52,17 +52,7 @@ def main() -> None:
     valid = np.ones(patch.image.shape, bool)
     width = np.median(psf_sigma(patch.psf).reshape(len(metadata.bands), -1), axis=1)
     detected = detection_mask(patch.image, patch.variance, valid, width).any(axis=0)
-    rows, columns = patch.psf.shape[1:3]
-    stamps = np.moveaxis(patch.psf, 0, 2).reshape(rows * columns, *patch.psf.shape[:1], *patch.psf.shape[3:])
-    scene = Scene(
-        metadata.bands,
-        patch.image,
-        patch.variance,
-        valid,
-        psf=PsfGrid(stamps, patch.cell_shape, (rows, columns)),
-        pixel_scale=patch.pixel_scale,
-        parents=find_parents(detected),
-    )
+    scene = patch.scene(find_parents(detected))
     seconds: dict[int, list[tuple[float, float]]] = {n: [] for n in networks}
     for repeat in range(arguments.repeats + 1):
         for n, network in networks.items():

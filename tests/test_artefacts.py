@@ -11,7 +11,7 @@ from lsst.meas.vaedeblend.deblender import deblend
 from lsst.meas.vaedeblend.evaluation.metrics import match
 from lsst.meas.vaedeblend.evaluation.patch import simulate_patch
 from lsst.meas.vaedeblend.network import load_network, resolve, shipped_networks
-from lsst.meas.vaedeblend.scene import Parent, PsfGrid, Scene
+from lsst.meas.vaedeblend.scene import Parent
 from lsst.meas.vaedeblend.training.config import TrainingConfig
 
 DIRECTORY = Path(lsst.meas.vaedeblend.artefacts.__file__).parent
@@ -68,16 +68,8 @@ def test_simulated_galaxies_come_out_with_their_fluxes(name):
         7, survey=survey, bands=tuple(bands), n_galaxies=50, cells=(1, 2), mag_range=(20.0, 25.0)
     )
     height, width = patch.image.shape[1:]
-    stamps = np.moveaxis(patch.psf, 0, 2).reshape(2, len(bands), *patch.psf.shape[3:])
     peaks = np.column_stack([patch.x, patch.y])
-    scene = Scene(
-        tuple(bands),
-        patch.image,
-        patch.variance,
-        psf=PsfGrid(stamps, patch.cell_shape, (1, 2)),
-        pixel_scale=patch.pixel_scale,
-        parents=[Parent(1, 0, 0, np.ones((height, width), bool), peaks)],
-    )
+    scene = patch.scene([Parent(1, 0, 0, np.ones((height, width), bool), peaks)])
     result = deblend(scene, network)
     sources = result.sources
     index, truth = match(np.column_stack([sources.peak_x, sources.peak_y]), peaks, 1e-6)

@@ -15,8 +15,8 @@ from lsst.meas.vaedeblend.training.scenes import (
     PsfBank,
     SceneComposer,
     SceneConfig,
-    _quarter_turn,
-    _turn_offset,
+    quarter_turn,
+    turn_offset,
 )
 from lsst.meas.vaedeblend.training.simulate import draw_sources
 from lsst.meas.vaedeblend.training.surveys import get_survey_info
@@ -111,9 +111,9 @@ def test_offsets_turn_with_their_images(turn):
     y, x = np.mgrid[-10:11, -10:11]
     offset = np.array([0.3, -0.2])
     image = np.exp(-0.5 * ((x - offset[0]) ** 2 + (y - offset[1]) ** 2) / 2.0)
-    turned = _quarter_turn(image, turn)
+    turned = quarter_turn(image, turn)
     centroid = np.array([(turned * x).sum(), (turned * y).sum()]) / turned.sum()
-    np.testing.assert_allclose(_turn_offset(offset, turn), centroid, atol=1e-6)
+    np.testing.assert_allclose(turn_offset(offset, turn), centroid, atol=1e-6)
 
 
 def _quiet_config() -> SceneConfig:

@@ -25,6 +25,7 @@ from .catalog import PARENT_FLAGS, SOURCE_FLAGS
 from .models import ParentSummary, Renderer, SourceModels, add_cutouts, cut_out, overlaps, unit_shapes
 from .network import Network
 from .peaks import detection_image, find_peaks
+from .psf import moments_sigma
 from .scene import Scene
 
 __all__ = ["DeblendConfig", "DeblendResult", "deblend", "joint_fluxes"]
@@ -331,8 +332,7 @@ class _Procedure:
         if not np.isfinite(stand_in).all():
             raise ValueError("The scene's PSFs are no PSFs: none has adaptive moments.")
         self.moments = np.where(np.isfinite(moments), moments, stand_in)
-        area = self.moments[..., 0] * self.moments[..., 1] - self.moments[..., 2] ** 2
-        self.psf_sigma = np.maximum(area, 0.0) ** 0.25
+        self.psf_sigma = moments_sigma(self.moments)
         self.detection_sigma = np.median(self.psf_sigma, axis=0)
         self.cost = config.cost_per_parameter * (int(self.usable.sum()) + 5)
         self.parent_flags = {name: np.zeros(len(scene.parents), bool) for name in PARENT_FLAGS}

@@ -21,21 +21,16 @@ from numpy.typing import NDArray
 
 from .adapters.butler_repo import CoaddRepository, PatchLayout, run_pipetask
 from .adapters.cell_coadd import scene_from_cell_coadds
+from .catalog import reference_band
 from .evaluation.detection import detection_mask, psf_sigma
 from .evaluation.figures import colour, new_figure, residual_map, show_colour, show_sigma
-from .evaluation.metrics import match, nmad, run_seconds
+from .evaluation.metrics import MATCH_RADIUS, SNR_LIMIT, match, nmad, run_seconds
 from .evaluation.patch import SimulatedPatch, simulate_patch
 from .models import SourceModels, cut_out, render
 from .network import load_network
 from .scene import Scene
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.demo")
-
-MATCH_RADIUS = 3.0
-"""Largest distance at which an object counts as a true one, pixel."""
-
-SNR_LIMIT = 10.0
-"""Objects with a true signal-to-noise ratio above this in the reference band should be found."""
 
 _OUTPUT = "vaedeblend/demo"
 _LABEL = "vaeDeblend"
@@ -148,7 +143,7 @@ def _compare(
     patch: SimulatedPatch, objects: Table, layout: PatchLayout
 ) -> tuple[dict[str, Any], NDArray[np.bool_]]:
     """Match objects with the truth: the summary's numbers, and which true galaxies were found."""
-    band = "r" if "r" in patch.bands else patch.bands[len(patch.bands) // 2]
+    band = reference_band(patch.bands)
     b = patch.bands.index(band)
     xy = np.column_stack([objects["x"] - layout.x0, objects["y"] - layout.y0])
     index, truth = match(xy, np.column_stack([patch.x, patch.y]), MATCH_RADIUS)
@@ -229,7 +224,7 @@ def _draw(
     # Markers are easier to see on a faded picture.
     show_colour(axes[3], (0.6 * image_rgb).astype(np.uint8), "objects and missed galaxies", origin)
     axes[3].plot(objects["x"], objects["y"], "+", color="cyan", markersize=6, label=f"{len(objects)} objects")
-    band = patch.bands.index("r") if "r" in patch.bands else len(patch.bands) // 2
+    band = patch.bands.index(reference_band(patch.bands))
     missed = ~found & (patch.snr[:, band] > SNR_LIMIT)
     axes[3].plot(
         patch.x[missed] + origin[1],

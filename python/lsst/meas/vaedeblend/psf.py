@@ -25,6 +25,7 @@ __all__ = [
     "gaussian_psf",
     "kolmogorov_psf",
     "matching_kernel_ft",
+    "moments_sigma",
 ]
 
 # Stamps that adaptive_moments treats at once: bounds its scratch memory to some tens of MB.
@@ -141,6 +142,23 @@ def adaptive_moments(stamps: ArrayLike, max_iterations: int = 200, tolerance: fl
         chunk = flat[start : start + _CHUNK].astype(np.float64)
         out[start : start + _CHUNK] = _adaptive_moments(chunk, max_iterations, tolerance)
     return out.reshape(*lead, 3)
+
+
+def moments_sigma(moments: ArrayLike) -> NDArray:
+    """Compute the width of a PSF, the fourth root of the determinant of its second moments.
+
+    Parameters
+    ----------
+    moments : array_like, (..., 3)
+        Ixx, Iyy and Ixy, pixel^2.
+
+    Returns
+    -------
+    sigma : `numpy.ndarray`, (...)
+        Standard deviation of the circular Gaussian of equal area, pixel; 0 for a negative determinant.
+    """
+    ixx, iyy, ixy = np.moveaxis(np.asarray(moments), -1, 0)
+    return np.maximum(ixx * iyy - ixy**2, 0.0) ** 0.25
 
 
 def _adaptive_moments(stamps: NDArray, max_iterations: int, tolerance: float) -> NDArray:

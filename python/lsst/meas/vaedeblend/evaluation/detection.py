@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from ..peaks import detection_image
-from ..psf import adaptive_moments
+from ..psf import adaptive_moments, moments_sigma
 
 
 def psf_sigma(stamps: ArrayLike) -> NDArray[np.float64]:
@@ -27,8 +27,7 @@ def psf_sigma(stamps: ArrayLike) -> NDArray[np.float64]:
     -------
     sigma : `numpy.ndarray`, (...)
     """
-    moments = adaptive_moments(stamps)
-    return (moments[..., 0] * moments[..., 1] - moments[..., 2] ** 2) ** 0.25
+    return moments_sigma(adaptive_moments(stamps))
 
 
 def detection_mask(

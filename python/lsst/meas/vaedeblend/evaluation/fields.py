@@ -19,20 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.footprints import parents_from_peaks
+from ..catalog import reference_band
 from ..deblender import deblend
 from ..models import SourceModels
 from ..network import Network, load_network
 from ..scene import PsfGrid, Scene, find_parents
 from .detection import detection_mask, psf_sigma
-from .metrics import match, stamp_snr
+from .metrics import MATCH_RADIUS, SNR_LIMIT, match, stamp_snr
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.evaluation.fields")
-
-MATCH_RADIUS = 3.0
-"""Largest distance at which a detected object counts as a true one, pixel."""
-
-SNR_LIMIT = 10.0
-"""Recall is that of objects with a signal-to-noise ratio above this in the reference band."""
 
 
 @dataclasses.dataclass
@@ -217,7 +212,7 @@ def _evaluate_field(
     for i, t in zip(index, truth_index, strict=True):
         model[t] = _on_stamp(sources, i, field.stamp_y0[t], field.stamp_x0[t], field.stamp.shape[-1])
 
-    band = field.bands.index("r") if "r" in field.bands else len(field.bands) // 2
+    band = field.bands.index(reference_band(field.bands))
     size = field.stamp.shape[-1]
     variance = np.stack(
         [

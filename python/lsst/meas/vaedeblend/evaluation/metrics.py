@@ -32,6 +32,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import norm
 
+MATCH_RADIUS = 3.0
+"""Largest distance at which an object counts as a true one, pixel."""
+
+SNR_LIMIT = 10.0
+"""Objects with a true signal-to-noise ratio above this in the reference band should be found."""
+
 
 def nmad(values: ArrayLike) -> float:
     """Return 1.4826 times the median absolute deviation from the median, which for a Gaussian is its sigma.

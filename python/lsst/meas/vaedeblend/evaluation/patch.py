@@ -8,11 +8,13 @@ from __future__ import annotations
 __all__ = ["SimulatedPatch", "simulate_patch"]
 
 import dataclasses
+from collections.abc import Sequence
 
 import galsim
 import numpy as np
 from numpy.typing import NDArray
 
+from ..scene import Parent, PsfGrid, Scene
 from ..training.galaxies import galaxy_profile
 from ..training.population import draw_population
 from ..training.surveys import get_survey_info
@@ -53,6 +55,19 @@ class SimulatedPatch:
     y: NDArray[np.float64]
     flux: NDArray[np.float64]
     snr: NDArray[np.float64]
+
+    def scene(self, parents: Sequence[Parent]) -> Scene:
+        """Make a scene of the patch, without the way through a repository."""
+        bands, rows, columns = self.psf.shape[:3]
+        stamps = np.moveaxis(self.psf, 0, 2).reshape(rows * columns, bands, *self.psf.shape[3:])
+        return Scene(
+            self.bands,
+            self.image,
+            self.variance,
+            psf=PsfGrid(stamps, self.cell_shape, (rows, columns)),
+            pixel_scale=self.pixel_scale,
+            parents=parents,
+        )
 
 
 def simulate_patch(

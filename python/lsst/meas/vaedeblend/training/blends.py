@@ -45,7 +45,7 @@ from photutils.detection import find_peaks
 from ..psf import adaptive_moments
 from .galaxies import GalaxyBank, render_bank
 from .population import Population
-from .scenes import Cutouts, _quarter_turn, _turn_offset
+from .scenes import Cutouts, quarter_turn, turn_offset
 from .surveys import BandInfo, SurveyInfo
 
 ROLES = ("target", "neighbour")
@@ -446,11 +446,11 @@ class BlendComposer:
         parts = []
         for bank in self.banks.banks[role]:
             own = slice(bank.first[row], bank.first[row] + bank.count[row])
-            stamps = _quarter_turn(bank.stamps[own], turn)
+            stamps = quarter_turn(bank.stamps[own], turn)
             if shift.any():
                 stamps = _shifted(stamps, shift / bank.pixel_scale)
             parts.append(np.tensordot(bank.flux[own].T, stamps, axes=1))
-        place = _turn_offset(bank.offset[row], turn) * bank.pixel_scale + shift
+        place = turn_offset(bank.offset[row], turn) * bank.pixel_scale + shift
         return np.concatenate(parts).astype(np.float32), place
 
     def _detected(self, images: np.ndarray, position: np.ndarray, rows: np.ndarray) -> Blend | None:

@@ -21,10 +21,10 @@ import torch
 
 from ..evaluation.metrics import ksb_shape, nmad
 from ..network import Network, NetworkMetadata, embed_metadata
-from ..psf import gaussian_psf
+from ..psf import gaussian_psf, moments_sigma
 from .blends import psf_stamp
 from .config import TrainingConfig
-from .fit import SceneData, VaeModule, _weights, reference_band
+from .fit import SceneData, VaeModule, load_weights, reference_band
 from .galaxies import MODEL_SIGMA
 from .networks import Deblender
 from .scenes import Cutouts
@@ -157,8 +157,7 @@ def figures_of_merit(
     output = network.deblend(batch.image, batch.valid.astype(np.float32), batch.noise, batch.psf_moments)
     ref = reference_band(config)
     truth, model = batch.target[:, ref].astype(float), output.model[:, ref].astype(float)
-    m = batch.psf_moments[:, ref].astype(float)
-    area = 4 * np.pi * np.sqrt(m[:, 0] * m[:, 1] - m[:, 2] ** 2)
+    area = 4 * np.pi * moments_sigma(batch.psf_moments[:, ref].astype(float)) ** 2
     shape_area = truth.sum((1, 2)) ** 2 / np.maximum((truth**2).sum((1, 2)), 1e-30)
     good = truth.sum((1, 2)) / (batch.noise[:, ref] * np.sqrt(area + shape_area)) > 10
     truth, model = truth[good], model[good]
@@ -225,7 +224,7 @@ def export_network(
     scenes = SceneData(config, data, step, workers=0)
     module = VaeModule(config, step, scenes.kernel_power())
     checkpoint = Path(run) / step / "final.ckpt"
-    module.load_state_dict(_weights(checkpoint))
+    module.load_state_dict(load_weights(checkpoint))
     deblender = Deblender(module.encoder, module.decoder).eval().float()
     # channels_last is for training; the graph is written in the plain layout.
     deblender = deblender.to(memory_format=torch.contiguous_format)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SceneData", "VaeModule", "fit_step", "reference_band"]
+__all__ = ["SceneData", "VaeModule", "fit_step", "load_weights", "reference_band"]
 
 import logging
 import math
@@ -26,7 +26,7 @@ from .galaxies import GalaxyBank
 from .losses import LossTerms, bernoulli_loss, evidence_loss
 from .networks import build_networks
 from .scenes import PsfBank, SceneComposer
-from .simulate import survey_of
+from .simulate import bank_paths, survey_of
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
 
@@ -74,12 +74,7 @@ class SceneData(lightning.LightningDataModule):
         self._fit: FitConfig = getattr(config, step)
         self.survey = survey_of(config)
         for sample in ("train", "validation"):
-            if config.composition == "blends":
-                roles = BlendBanks.paths(self._directory, sample, len(self.survey.instruments))
-                banks = [path for paths in roles.values() for path in paths]
-            else:
-                banks = [self._directory / f"{sample}.npz"]
-            for bank in banks:
+            for bank in bank_paths(config, self.survey, self._directory, sample):
                 if not bank.exists():
                     raise FileNotFoundError(f"There is no {bank}; `vaedeblend simulate` makes it.")
         self.psfs = None
@@ -254,7 +249,7 @@ def reference_band(config: TrainingConfig) -> int:
     return config.bands.index("r") if "r" in config.bands else len(config.bands) // 3
 
 
-def _weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path) -> dict[str, Tensor]:
     """Weights of a checkpoint; only tensors are read, nothing is unpickled beyond them."""
     return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
@@ -317,11 +312,11 @@ def fit_step(
     if module.convolutional:
         module.set_scale(scenes.mean_maximum())
     if initial is not None:
-        module.load_state_dict(_weights(Path(initial)))
+        module.load_state_dict(load_weights(Path(initial)))
     if step == "deblender":
         prior = run.parent / "prior" / "final.ckpt"
         if prior.exists():
-            weights = _weights(prior)
+            weights = load_weights(prior)
             # The encoder of another deblender stays; the decoder is always the prior's.
             part = module if initial is None else module.decoder
             prefix = "" if initial is None else "decoder."

@@ -124,7 +124,6 @@ def render_bank(
     rng: np.random.Generator,
     *,
     stamp_size: int = 97,
-    offset_range: float = 0.5,
     psf: galsim.GSObject | None = None,
     offset: np.ndarray | None = None,
     merge: bool = False,
@@ -132,7 +131,7 @@ def render_bank(
 ) -> GalaxyBank:
     """Render every component of a population once, by default in the model frame.
 
-    Each galaxy gets an offset within its pixel, uniform in +-``offset_range``,
+    Each galaxy gets an offset within its pixel, uniform in +-0.5,
     if none is given; flips and quarter turns, which are exact on a grid, are
     left to the composition of scenes.
 
@@ -144,8 +143,6 @@ def render_bank(
     rng : `numpy.random.Generator`
     stamp_size : `int`
         Number of pixels on a side; odd unless offsets are given.
-    offset_range : `float`
-        Half-width of the uniform distribution of offsets, pixel.
     psf : `galsim.GSObject`, optional
         PSF, distances in arcsec; the model frame's by default.
     offset : `numpy.ndarray`, (N, 2), optional
@@ -169,7 +166,7 @@ def render_bank(
             raise ValueError(
                 f"Stamps need an odd size so that a galaxy has a middle pixel, not {stamp_size}."
             )
-        offset = rng.uniform(-offset_range, offset_range, (len(population), 2))
+        offset = rng.uniform(-0.5, 0.5, (len(population), 2))
     offset = np.asarray(offset, np.float32)
     present = population.kind != NONE
     n = len(population)

@@ -11,7 +11,7 @@ convolution is shared.
 
 from __future__ import annotations
 
-__all__ = ["Cutouts", "PsfBank", "SceneComposer", "SceneConfig"]
+__all__ = ["Cutouts", "PsfBank", "SceneComposer", "SceneConfig", "quarter_turn", "turn_offset"]
 
 import dataclasses
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ import numpy as np
 import scipy.fft
 from lsst.pex.config import Config, Field, ListField
 
-from ..psf import adaptive_moments, difference_kernel_ft
+from ..psf import adaptive_moments, difference_kernel_ft, moments_sigma
 from .galaxies import MODEL_SIGMA, GalaxyBank
 from .surveys import SurveyInfo
 
@@ -154,15 +154,15 @@ class Cutouts:
         return Cutouts(**{k: v[rows] for k, v in self.as_dict().items()})
 
 
-def _quarter_turn(stamps: np.ndarray, turn: int) -> np.ndarray:
+def quarter_turn(stamps: np.ndarray, turn: int) -> np.ndarray:
     """One of the eight symmetries of the square, on the last two axes: flip x if turn >= 4, then rotate."""
     if turn >= 4:
         stamps = stamps[..., ::-1]
     return np.rot90(stamps, turn % 4, axes=(-2, -1))
 
 
-def _turn_offset(offset: np.ndarray, turn: int) -> np.ndarray:
-    """What `_quarter_turn` does to an (x, y) offset from the middle pixel."""
+def turn_offset(offset: np.ndarray, turn: int) -> np.ndarray:
+    """What `quarter_turn` does to an (x, y) offset from the middle pixel."""
     x, y = offset
     if turn >= 4:
         x = -x
@@ -272,8 +272,8 @@ class SceneComposer:
             flux = bank.flux[parts]
             if i in slot:
                 k = slot[i]
-                stamp = _quarter_turn(np.tensordot(flux.T, bank.stamps[parts], axes=1), turns[i])
-                offset = _turn_offset(bank.offset[row], turns[i])
+                stamp = quarter_turn(np.tensordot(flux.T, bank.stamps[parts], axes=1), turns[i])
+                offset = turn_offset(bank.offset[row], turns[i])
                 error = c.centring_error * rng.standard_normal(2)
                 # With an error the peak falls into another pixel than the source now and then.
                 shift = np.clip(np.rint(offset + error), -3, 3).astype(int)
@@ -289,7 +289,7 @@ class SceneComposer:
                 radius = bank.radius[row]
                 middle = bank.stamps.shape[-1] // 2
                 cut = slice(middle - radius, middle + radius + 1)
-                stamp = _quarter_turn(np.tensordot(flux.T, bank.stamps[parts, cut, cut], axes=1), turns[i])
+                stamp = quarter_turn(np.tensordot(flux.T, bank.stamps[parts, cut, cut], axes=1), turns[i])
             y0, x0 = y[i] - radius, x[i] - radius
             ya, yb = max(y0, 0), min(y0 + 2 * radius + 1, size)
             xa, xb = max(x0, 0), min(x0 + 2 * radius + 1, size)
@@ -324,8 +324,7 @@ class SceneComposer:
         flux = self._total_flux[rows]
         # S/N of an optimal measurement in background noise: F / (sigma sqrt(A)), with the effective area
         # widened by the PSF's, 4 pi sqrt(det I) for a Gaussian.
-        m = self.psfs.moments[psf_index].astype(float)
-        psf_area = 4 * np.pi * np.sqrt(m[:, 0] * m[:, 1] - m[:, 2] ** 2)
+        psf_area = 4 * np.pi * moments_sigma(self.psfs.moments[psf_index].astype(float)) ** 2
         snr = np.sqrt(((flux / noise) ** 2 / (self.bank.area[rows][:, None] + psf_area)).sum(axis=1))
         # A peak that is off by some pixels must still leave the cutout inside of the field.
         edge = 0 if self.isolated else 4

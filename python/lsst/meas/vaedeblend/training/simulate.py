@@ -4,7 +4,15 @@
 
 from __future__ import annotations
 
-__all__ = ["SAMPLES", "centring_errors", "draw_sources", "make_banks", "sample_banks", "survey_of"]
+__all__ = [
+    "SAMPLES",
+    "bank_paths",
+    "centring_errors",
+    "draw_sources",
+    "make_banks",
+    "sample_banks",
+    "survey_of",
+]
 
 import functools
 import json
@@ -166,7 +174,7 @@ def make_banks(config: TrainingConfig, directory: str | os.PathLike) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     survey = survey_of(config)
     for i, (sample, population) in enumerate(draw_sources(config.population, survey).items()):
-        paths = _bank_paths(config, survey, directory, sample)
+        paths = bank_paths(config, survey, directory, sample)
         if all(p.exists() for p in paths):
             _LOG.info("Keeping the %s sample in %s.", sample, directory)
             continue
@@ -188,7 +196,8 @@ def make_banks(config: TrainingConfig, directory: str | os.PathLike) -> None:
         _write_centring(config, survey, directory)
 
 
-def _bank_paths(config: TrainingConfig, survey: SurveyInfo, directory: Path, sample: str) -> list[Path]:
+def bank_paths(config: TrainingConfig, survey: SurveyInfo, directory: Path, sample: str) -> list[Path]:
+    """Files that `make_banks` writes for one of `SAMPLES`."""
     if config.composition == "fields":
         return [directory / f"{sample}.npz"]
     paths = BlendBanks.paths(directory, sample, len(survey.instruments))
