@@ -26,6 +26,7 @@ from .models import ParentSummary, Renderer, SourceModels, add_cutouts, cut_out,
 from .network import Network
 from .peaks import detection_image, find_peaks
 from .psf import moments_sigma
+from .refine import LinearisedModels, choose_widths
 from .scene import Scene
 
 __all__ = ["DeblendConfig", "DeblendResult", "deblend", "joint_fluxes"]
@@ -40,6 +41,12 @@ _RANGE_TOLERANCE = 0.1
 
 # Significance of the pixels that a source without a model from the network takes from the residual.
 _FALLBACK_SIGNIFICANCE = 2.0
+
+# Damping of the first step of a refinement, where the models are not yet close.
+_FIRST_DAMPING = 0.01
+
+# Steps of refinement before new peaks are judged.
+_TRIAL_STEPS = 2
 
 
 class DeblendConfig(Config):
@@ -63,6 +70,23 @@ class DeblendConfig(Config):
         default=0.1,
         min=0.0,
         inclusiveMin=False,
+    )
+    refinement_steps = RangeField[int](
+        doc="Gauss-Newton steps in which the latents are refined on the pixels after the first passes, after "
+        "new peaks were accepted, and in the end; 0 keeps the network's own answers. Networks without a "
+        "Jacobian are not refined.",
+        default=4,
+        min=0,
+    )
+    refinement_tolerance = RangeField[float](
+        doc="A parent has settled when a step lowers its chi-square by less than this per source.",
+        default=0.3,
+        min=0.0,
+    )
+    refinement_batch = RangeField[int](
+        doc="Sources that are refined jointly; bounds the memory, about half a megabyte each.",
+        default=512,
+        min=1,
     )
     find_new_peaks = Field[bool](doc="Look for further peaks in the residuals?", default=True)
     peak_threshold = RangeField[float](
@@ -278,6 +302,7 @@ class _Rows:
     measured: NDArray[np.bool_]
     mean: NDArray[np.float32]
     sigma: NDArray[np.float32]
+    covariance: NDArray[np.float32]  # of the posterior; 0 before it is known
     image: NDArray[np.float32]
     sky: NDArray[np.float32]
 
@@ -341,6 +366,8 @@ class _Procedure:
         self.n_peaks = np.zeros(len(scene.parents), np.int64)
         # Peaks that were tried and rejected, or dropped: not to be tried again.
         self.rejected: list[list[NDArray]] = [[] for _ in scene.parents]
+        self.refines = config.refinement_steps > 0 and network.jacobian is not None
+        self.has_posterior = np.zeros(len(scene.parents), bool)
         self.rows = self._new_rows(np.empty((0, 2)), np.empty(0, np.int64), given=True, iteration=0)
         self.crowded = np.zeros(0, bool)
         self.residual = scene.image.copy()
@@ -368,6 +395,7 @@ class _Procedure:
             measured=np.zeros((n, b), bool),
             mean=np.zeros((n, length), np.float32),
             sigma=np.zeros((n, length), np.float32),
+            covariance=np.zeros((n, length, length), np.float32),
             image=np.zeros((n, b, s, s), np.float32),
             sky=np.zeros((n, b, s, s), np.float32),
         )
@@ -651,6 +679,116 @@ class _Procedure:
         self._change(rows, new - r.flux[rows])
         r.flux[rows], r.error[rows], r.measured[rows] = new, error, measured.T
 
+    def _refine(self, parents: list[int], steps: int) -> list[int]:
+        """Fit the latents of all members of some parents to the pixels, see `refine`; return the parents that
+        have not settled.
+
+        A parent whose posterior gets less probable goes back to where it was, and takes shorter steps.
+        """
+        r, unsettled = self.rows, []
+        self.has_posterior[parents] = False
+        for group in self._groups(parents):
+            damping = dict.fromkeys(group, _FIRST_DAMPING)
+            # From here on the fluxes are those of the latents.
+            rows = np.concatenate(self._members(group))
+            rows = rows[~r.failed[rows]]
+            flux = np.where(r.measured[rows], r.network_flux[rows], 0.0)
+            self._change(rows, flux - r.flux[rows])
+            r.flux[rows] = flux
+            for _ in range(steps):
+                members = self._members(group)
+                members = [own[~r.failed[own]] for own in members]
+                group = [p for p, own in zip(group, members, strict=True) if len(own)]
+                members = [own for own in members if len(own)]
+                if not group:
+                    break
+                rows = np.concatenate(members)
+                sizes = [len(own) for own in members]
+                saved = r.save(rows)
+                before = [self._objective(p, own) for p, own in zip(group, members, strict=True)]
+                models = self._linearise(rows)
+                self._draw(rows, models.step(np.repeat([damping[p] for p in group], sizes)))
+                after = [self._objective(p, own) for p, own in zip(group, members, strict=True)]
+                moving, settled, start = [], [], 0
+                for p, own, old, new in zip(group, members, before, after, strict=True):
+                    part = slice(start, start + len(own))
+                    start += len(own)
+                    if new > old:
+                        self._change(own, -r.flux[own])
+                        r.restore(own, saved, part)
+                        self._change(own, r.flux[own])
+                        damping[p] = max(10.0 * damping[p], 0.1)
+                        moving.append(p)
+                    else:
+                        damping[p] *= 0.2
+                        if old - new > self.config.refinement_tolerance * len(own):
+                            moving.append(p)
+                        else:
+                            settled += range(part.start, part.stop)
+                            self.has_posterior[p] = True
+                # So short a step hardly changes the matrix.
+                r.covariance[rows[settled]] = models.covariances(settled)
+                group = moving
+            unsettled += group
+        self._subtract()
+        return unsettled
+
+    def _groups(self, parents: list[int]) -> list[list[int]]:
+        """Parents in groups whose members are refined at once."""
+        groups: list[list[int]] = []
+        room = 0
+        for p, own in zip(parents, self._members(parents), strict=True):
+            if len(own) > room or not groups:
+                groups.append([])
+                room = self.config.refinement_batch
+            groups[-1].append(p)
+            room -= len(own)
+        return groups
+
+    def _objective(self, p: int, own: NDArray[np.int64]) -> float:
+        """Minus twice the log posterior of a parent's members, up to a constant."""
+        return self._chi2(p) + float((self.rows.mean[own].astype(float) ** 2).sum())
+
+    def _linearise(self, rows: NDArray[np.int64]) -> LinearisedModels:
+        r = self.rows
+        corner = r.corner[rows]
+        weight = cut_out(self.weight.astype(np.float32), corner[:, 0], corner[:, 1], self.size)
+        models = r.image[rows] * r.flux[rows].astype(np.float32)[:, :, None, None]
+        widths = choose_widths(models, weight)
+        moments = self.moments[r.cell[rows]]
+        jacobian = self.network.jacobian
+        return LinearisedModels(
+            jacobian, r.mean[rows], moments, corner, widths, self.residual, self.weight.astype(np.float32)
+        )
+
+    def _draw(self, rows: NDArray[np.int64], latent: NDArray[np.float64]) -> None:
+        """Give sources new latents, and the models and fluxes that go with them."""
+        r = self.rows
+        sky, flux, good = unit_shapes(self.network.decoder.render(latent))
+        good &= np.isfinite(flux).all(axis=1)
+        rows, sky, flux = rows[good], sky[good], flux[good]
+        self._change(rows, -r.flux[rows])
+        r.mean[rows], r.sky[rows], r.network_flux[rows] = latent[good], sky, flux
+        r.image[rows] = self.renderer.observed(sky, r.cell[rows])
+        r.flux[rows] = np.where(r.measured[rows], flux, 0.0)
+        self._change(rows, r.flux[rows])
+
+    def _posterior(self, parents: list[int]) -> None:
+        """Widths of the posterior, and the errors of the fluxes that follow from them."""
+        r = self.rows
+        for group in self._groups([p for p in parents if not self.has_posterior[p]]):
+            rows = np.concatenate(self._members(group))
+            rows = rows[~r.failed[rows]]
+            if len(rows):
+                r.covariance[rows] = self._linearise(rows).covariances(range(len(rows)))
+        rows = np.flatnonzero(r.alive & r.active & ~r.failed)
+        if len(rows):
+            covariance = r.covariance[rows]
+            r.sigma[rows] = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
+            slope = self.network.jacobian.parameters(r.mean[rows])[1][:, :, 0]
+            variance = np.einsum("kbi,kij,kbj->kb", slope, covariance, slope)
+            r.error[rows] = np.sqrt(np.maximum(variance, 0.0)) * r.network_flux[rows]
+
     def _improve(self, parents: list[int]) -> list[int]:
         """Another pass for some parents; return those that got better and have not settled.
 
@@ -730,8 +868,14 @@ class _Procedure:
             )
         )
         self.crowded = np.concatenate([self.crowded, np.zeros(len(r) - before, bool)])
-        for _ in range(self.config.min_passes):
-            self._pass(tried)
+        if self.refines:
+            self._shapes(np.arange(before, len(r)))
+            for own in self._members(tried):
+                self._solve(own)
+            self._refine(tried, _TRIAL_STEPS)
+        else:
+            for _ in range(self.config.min_passes):
+                self._pass(tried)
         accepted, start, first = [], 0, before
         for p, own, found, weight, chi2 in trials:
             new = np.arange(first, first + len(found))
@@ -816,13 +960,15 @@ class _Procedure:
         self._start()
         everything = list(range(len(self.scene.parents)))
         parents = [p for p, own in zip(everything, self._members(everything), strict=True) if len(own)]
-        for _ in range(self.config.min_passes):
+        for _ in range(1 if self.refines else self.config.min_passes):
             self._pass(parents)
-        moving, open_ = parents, parents if self.config.find_new_peaks else []
+        steps = self.config.refinement_steps
+        moving = self._refine(parents, steps) if self.refines else parents
+        open_ = parents if self.config.find_new_peaks else []
         for iteration in range(1, self.config.max_iterations + 1):
             if not moving and not open_:
                 break
-            moving = self._improve(moving)
+            moving = self._refine(moving, steps) if self.refines else self._improve(moving)
             open_ = self._try_peaks(open_, iteration)
             moving = sorted(set(moving) | set(open_))
             _LOG.debug(
@@ -833,6 +979,8 @@ class _Procedure:
         self._subtract()
         for p in parents:
             self._drop(p)
+        if self.refines:
+            self._posterior(parents)
         return self._result()
 
     def _centroids(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
