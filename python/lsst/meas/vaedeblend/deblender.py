@@ -302,7 +302,7 @@ class _Rows:
     measured: NDArray[np.bool_]
     mean: NDArray[np.float32]
     sigma: NDArray[np.float32]
-    covariance: NDArray[np.float32]  # of the posterior; 0 before it is known
+    covariance: NDArray[np.float32]  # of the posterior; NaN unless it is known
     image: NDArray[np.float32]
     sky: NDArray[np.float32]
 
@@ -395,7 +395,7 @@ class _Procedure:
             measured=np.zeros((n, b), bool),
             mean=np.zeros((n, length), np.float32),
             sigma=np.zeros((n, length), np.float32),
-            covariance=np.zeros((n, length, length), np.float32),
+            covariance=np.full((n, length, length), np.nan, np.float32),
             image=np.zeros((n, b, s, s), np.float32),
             sky=np.zeros((n, b, s, s), np.float32),
         )
@@ -1117,6 +1117,7 @@ class _Procedure:
             iteration=r.iteration[rows],
             latent_mean=r.mean[rows],
             latent_sigma=r.sigma[rows],
+            latent_covariance=r.covariance[rows],
             flux=flux,
             flux_err=error,
             flux_network=r.network_flux[rows],

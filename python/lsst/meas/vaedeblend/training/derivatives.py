@@ -131,9 +131,7 @@ class DecoderJacobian(nn.Module):
                     centre.value.expand(n, k * r, 2),
                     centre.tangent.expand(n, length, k * r, 2),
                 ),
-                _Dual(
-                    centre.value + d.free_reach * free.value, centre.tangent + d.free_reach * free.tangent
-                ),
+                _Dual(centre.value + d.free_reach * free.value, centre.tangent + d.free_reach * free.tangent),
             ],
             1,
         )
