@@ -26,7 +26,7 @@ from .models import ParentSummary, Renderer, SourceModels, add_cutouts, cut_out,
 from .network import Network
 from .peaks import detection_image, find_peaks
 from .psf import moments_sigma
-from .refine import LinearisedModels, choose_widths
+from .refine import WIDTHS, LinearisedModels, choose_widths
 from .scene import Scene
 
 __all__ = ["DeblendConfig", "DeblendResult", "deblend", "joint_fluxes"]
@@ -79,7 +79,7 @@ class DeblendConfig(Config):
         min=0,
     )
     refinement_tolerance = RangeField[float](
-        doc="A parent has settled when a step lowers its chi-square by less than this per source.",
+        doc="A source has settled when a step promises to lower chi-square by less than this.",
         default=0.3,
         min=0.0,
     )
@@ -294,6 +294,8 @@ class _Rows:
     active: NDArray[np.bool_]  # deblended at all
     tried: NDArray[np.bool_]  # has been through the network
     failed: NDArray[np.bool_]  # has no model from the network
+    settled: NDArray[np.bool_]  # refinement has nothing left to gain
+    damping: NDArray[np.float64]  # of the next step of refinement
     unsound: NDArray[np.bool_]  # the network's last output was no good
     noise: NDArray[np.float32]
     flux: NDArray[np.float64]  # 0 where not measured
@@ -317,6 +319,8 @@ class _Rows:
         "measured",
         "mean",
         "sigma",
+        "settled",
+        "damping",
         "image",
         "sky",
     )
@@ -367,7 +371,6 @@ class _Procedure:
         # Peaks that were tried and rejected, or dropped: not to be tried again.
         self.rejected: list[list[NDArray]] = [[] for _ in scene.parents]
         self.refines = config.refinement_steps > 0 and network.jacobian is not None
-        self.has_posterior = np.zeros(len(scene.parents), bool)
         self.rows = self._new_rows(np.empty((0, 2)), np.empty(0, np.int64), given=True, iteration=0)
         self.crowded = np.zeros(0, bool)
         self.residual = scene.image.copy()
@@ -387,6 +390,8 @@ class _Procedure:
             active=np.ones(n, bool),
             tried=np.zeros(n, bool),
             failed=np.zeros(n, bool),
+            settled=np.zeros(n, bool),
+            damping=np.full(n, _FIRST_DAMPING),
             unsound=np.zeros(n, bool),
             noise=self._noise(corner),
             flux=np.zeros((n, b)),
@@ -679,75 +684,74 @@ class _Procedure:
         self._change(rows, new - r.flux[rows])
         r.flux[rows], r.error[rows], r.measured[rows] = new, error, measured.T
 
-    def _refine(self, parents: list[int], steps: int) -> list[int]:
-        """Fit the latents of all members of some parents to the pixels, see `refine`; return the parents that
-        have not settled.
+    def _refine(self, rows: NDArray[np.int64], steps: int) -> None:
+        """Fit the latents of sources to the pixels, see `refine`, until they settle.
 
-        A parent whose posterior gets less probable goes back to where it was, and takes shorter steps.
+        Overlapping sources whose posterior gets less probable go back to where they were, and take shorter
+        steps.
         """
-        r, unsettled = self.rows, []
-        self.has_posterior[parents] = False
-        for group in self._groups(parents):
-            damping = dict.fromkeys(group, _FIRST_DAMPING)
-            # From here on the fluxes are those of the latents.
-            rows = np.concatenate(self._members(group))
-            rows = rows[~r.failed[rows]]
-            flux = np.where(r.measured[rows], r.network_flux[rows], 0.0)
-            self._change(rows, flux - r.flux[rows])
-            r.flux[rows] = flux
+        r = self.rows
+        rows = rows[~r.failed[rows]]
+        # From here on the fluxes are those of the latents.
+        flux = np.where(r.measured[rows], r.network_flux[rows], 0.0)
+        self._change(rows, flux - r.flux[rows])
+        r.flux[rows] = flux
+        for batch in self._batches(rows):
             for _ in range(steps):
-                members = self._members(group)
-                members = [own[~r.failed[own]] for own in members]
-                group = [p for p, own in zip(group, members, strict=True) if len(own)]
-                members = [own for own in members if len(own)]
-                if not group:
+                active = batch[~r.settled[batch]]
+                if not len(active):
                     break
-                rows = np.concatenate(members)
-                sizes = [len(own) for own in members]
-                saved = r.save(rows)
-                before = [self._objective(p, own) for p, own in zip(group, members, strict=True)]
-                models = self._linearise(rows)
-                self._draw(rows, models.step(np.repeat([damping[p] for p in group], sizes)))
-                after = [self._objective(p, own) for p, own in zip(group, members, strict=True)]
-                moving, settled, start = [], [], 0
-                for p, own, old, new in zip(group, members, before, after, strict=True):
-                    part = slice(start, start + len(own))
-                    start += len(own)
-                    if new > old:
-                        self._change(own, -r.flux[own])
-                        r.restore(own, saved, part)
-                        self._change(own, r.flux[own])
-                        damping[p] = max(10.0 * damping[p], 0.1)
-                        moving.append(p)
-                    else:
-                        damping[p] *= 0.2
-                        if old - new > self.config.refinement_tolerance * len(own):
-                            moving.append(p)
-                        else:
-                            settled += range(part.start, part.stop)
-                            self.has_posterior[p] = True
-                # So short a step hardly changes the matrix.
-                r.covariance[rows[settled]] = models.covariances(settled)
-                group = moving
-            unsettled += group
-        self._subtract()
-        return unsettled
+                saved = r.save(active)
+                models = self._linearise(active)
+                groups = models.groups()
+                before = self._objective(active, models, groups)
+                latent, gain = models.step(r.damping[active])
+                self._draw(active, latent)
+                worse = self._objective(active, models, groups) > before
+                back, damping = worse[groups], r.damping[active]
+                self._change(active[back], -r.flux[active[back]])
+                r.restore(active[back], saved, back)
+                self._change(active[back], r.flux[active[back]])
+                r.damping[active] = np.where(back, np.maximum(10.0 * damping, 0.1), 0.2 * damping)
+                r.settled[active] = (gain < self.config.refinement_tolerance) & ~back
 
-    def _groups(self, parents: list[int]) -> list[list[int]]:
-        """Parents in groups whose members are refined at once."""
-        groups: list[list[int]] = []
-        room = 0
-        for p, own in zip(parents, self._members(parents), strict=True):
-            if len(own) > room or not groups:
-                groups.append([])
-                room = self.config.refinement_batch
-            groups[-1].append(p)
-            room -= len(own)
-        return groups
+    def _refine_parents(self, parents: list[int]) -> list[int]:
+        """Refine the members of some parents; return the parents that have not settled."""
+        members = self._members(parents)
+        if not members:
+            return []
+        rows = np.concatenate(members)
+        self._refine(rows, self.config.refinement_steps)
+        return np.unique(self.rows.parent[rows[~self.rows.settled[rows] & ~self.rows.failed[rows]]]).tolist()
 
-    def _objective(self, p: int, own: NDArray[np.int64]) -> float:
-        """Minus twice the log posterior of a parent's members, up to a constant."""
-        return self._chi2(p) + float((self.rows.mean[own].astype(float) ** 2).sum())
+    def _batches(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Rows that are refined at once: whole parents as long as they fit."""
+        size, pieces = self.config.refinement_batch, []
+        rows = rows[np.argsort(self.rows.parent[rows], kind="stable")]
+        while len(rows):
+            stop = min(size, len(rows))
+            if stop < len(rows):
+                parent = self.rows.parent[rows]
+                first = int(np.searchsorted(parent, parent[stop]))
+                stop = first if first > 0 else stop
+            pieces.append(rows[:stop])
+            rows = rows[stop:]
+        return pieces
+
+    def _objective(
+        self, rows: NDArray[np.int64], models: LinearisedModels, groups: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Minus twice the log posterior of groups of overlapping sources, up to constants."""
+        (y0, x0), (y1, x1) = models.starts.min(axis=0), models.stops.max(axis=0)
+        owner = np.full((y1 - y0, x1 - x0), groups.max() + 1)
+        for group, start, stop in zip(groups, models.starts - [y0, x0], models.stops - [y0, x0], strict=True):
+            owner[start[0] : stop[0], start[1] : stop[1]] = group
+        residual, weight = self.residual[:, y0:y1, x0:x1], self.weight[:, y0:y1, x0:x1]
+        chi2 = np.einsum("byx,byx,byx->yx", residual, residual, weight)
+        n = int(groups.max()) + 2
+        out = np.bincount(owner.ravel(), weights=chi2.ravel(), minlength=n)[: n - 1]
+        prior = (self.rows.mean[rows].astype(float) ** 2).sum(axis=1)
+        return out + np.bincount(groups, weights=prior, minlength=n - 1)
 
     def _linearise(self, rows: NDArray[np.int64]) -> LinearisedModels:
         r = self.rows
@@ -773,15 +777,12 @@ class _Procedure:
         r.flux[rows] = np.where(r.measured[rows], flux, 0.0)
         self._change(rows, r.flux[rows])
 
-    def _posterior(self, parents: list[int]) -> None:
+    def _posterior(self) -> None:
         """Widths of the posterior, and the errors of the fluxes that follow from them."""
         r = self.rows
-        for group in self._groups([p for p in parents if not self.has_posterior[p]]):
-            rows = np.concatenate(self._members(group))
-            rows = rows[~r.failed[rows]]
-            if len(rows):
-                r.covariance[rows] = self._linearise(rows).covariances(range(len(rows)))
-        rows = np.flatnonzero(r.alive & r.active & ~r.failed)
+        rows = np.flatnonzero(r.alive & r.active & r.tried & ~r.failed)
+        for part in self._batches(rows):
+            r.covariance[part] = self._linearise(part).covariances()
         if len(rows):
             covariance = r.covariance[rows]
             r.sigma[rows] = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
@@ -872,7 +873,11 @@ class _Procedure:
             self._shapes(np.arange(before, len(r)))
             for own in self._members(tried):
                 self._solve(own)
-            self._refine(tried, _TRIAL_STEPS)
+            # Only those that can see a new source have a reason to change.
+            own, new = np.concatenate(self._members(tried)), np.arange(before, len(r))
+            near = cKDTree(r.corner[new]).query(r.corner[own], p=np.inf)[0] < WIDTHS[0]
+            r.settled[own[near]], r.damping[own[near]] = False, _FIRST_DAMPING
+            self._refine(own, _TRIAL_STEPS)
         else:
             for _ in range(self.config.min_passes):
                 self._pass(tried)
@@ -962,14 +967,19 @@ class _Procedure:
         parents = [p for p, own in zip(everything, self._members(everything), strict=True) if len(own)]
         for _ in range(1 if self.refines else self.config.min_passes):
             self._pass(parents)
-        steps = self.config.refinement_steps
-        moving = self._refine(parents, steps) if self.refines else parents
+        if self.refines:
+            moving = self._refine_parents(parents)
+        else:
+            moving = parents
         open_ = parents if self.config.find_new_peaks else []
         for iteration in range(1, self.config.max_iterations + 1):
             if not moving and not open_:
                 break
-            moving = self._refine(moving, steps) if self.refines else self._improve(moving)
+            if not self.refines:
+                moving = self._improve(moving)
             open_ = self._try_peaks(open_, iteration)
+            if self.refines:
+                moving = self._refine_parents(sorted(set(moving) | set(open_)))
             moving = sorted(set(moving) | set(open_))
             _LOG.debug(
                 "Iteration %d: %d parents gained sources, %d not settled.", iteration, len(open_), len(moving)
@@ -980,7 +990,7 @@ class _Procedure:
         for p in parents:
             self._drop(p)
         if self.refines:
-            self._posterior(parents)
+            self._posterior()
         return self._result()
 
     def _centroids(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:

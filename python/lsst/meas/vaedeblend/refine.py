@@ -18,10 +18,9 @@ from __future__ import annotations
 
 __all__ = ["LinearisedModels", "choose_widths"]
 
-from collections.abc import Sequence
-
 import numpy as np
 import scipy.sparse
+import scipy.sparse.csgraph
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
@@ -85,6 +84,13 @@ class LinearisedModels:
         The image minus all models, nJy.
     weight : `numpy.ndarray`, (B, H, W)
         Inverse variances, nJy^-2; 0 where the image is not valid.
+
+    Attributes
+    ----------
+    starts, stops : `numpy.ndarray`, (K, 2)
+        First pixel (y, x) of each square in the scene, and the first one beyond it.
+    pairs : `numpy.ndarray`, (P, 2)
+        Sources whose squares overlap.
     """
 
     def __init__(
@@ -121,6 +127,7 @@ class LinearisedModels:
             data = (residual[:, y0:y1, x0:x1] * root).reshape(len(root), -1, 1)
             gradient[i] += np.matmul(flat, data).sum(axis=0)[:, 0]
         self.gradient, self.blocks = gradient, blocks
+        self.starts, self.stops = starts, stops
         self.pairs, self.cross = self._pairs(starts, stops, tangents)
 
     @staticmethod
@@ -144,7 +151,7 @@ class LinearisedModels:
             cross[n] = np.matmul(sides[0], sides[1].transpose(0, 2, 1)).sum(axis=0)
         return found, cross
 
-    def step(self, damping: NDArray) -> NDArray[np.float64]:
+    def step(self, damping: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Take a Gauss-Newton step, damped as by Levenberg and Marquardt.
 
         Parameters
@@ -156,6 +163,8 @@ class LinearisedModels:
         -------
         latent : `numpy.ndarray`, (K, L)
             New latent variables; no source goes farther than `MAX_STEP`.
+        gain : `numpy.ndarray`, (K,)
+            Decrease of chi-square that the linear models promise, shared out among the sources.
         """
         diagonal = self.blocks.copy()
         axis = np.arange(diagonal.shape[1])
@@ -163,7 +172,14 @@ class LinearisedModels:
         inverse = np.linalg.inv(diagonal)
         change = _conjugate_gradients(self._assemble(diagonal), inverse, self.gradient)
         distance = np.sqrt((change**2).sum(axis=1, keepdims=True))
-        return self.latent + change * np.minimum(1.0, MAX_STEP / np.maximum(distance, 1e-12))
+        gain = (change * self.gradient).sum(axis=1)
+        return self.latent + change * np.minimum(1.0, MAX_STEP / np.maximum(distance, 1e-12)), gain
+
+    def groups(self) -> NDArray[np.int64]:
+        """Number the connected groups of overlapping sources, (K,)."""
+        k, (i, j) = len(self.latent), self.pairs.T
+        graph = scipy.sparse.coo_array((np.ones(len(i)), (i, j)), shape=(k, k))
+        return scipy.sparse.csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
 
     def _assemble(self, diagonal: NDArray) -> scipy.sparse.bsr_matrix:
         """The symmetric matrix of all sources, sparse in blocks."""
@@ -176,19 +192,10 @@ class LinearisedModels:
         shape = (k * length, k * length)
         return scipy.sparse.bsr_matrix((data[order], columns[order], indptr), shape=shape)
 
-    def covariances(self, which: Sequence[int]) -> NDArray[np.float64]:
-        """Covariances of the posteriors of some sources, with their neighbours left free.
+    def covariances(self) -> NDArray[np.float64]:
+        """Covariances of the posteriors, (K, L, L): those of each source with its neighbours left free.
 
         Sources that overlap with a neighbour but not with the source itself are held fixed.
-
-        Parameters
-        ----------
-        which : `~collections.abc.Sequence` [`int`]
-            Indices of M sources.
-
-        Returns
-        -------
-        covariances : `numpy.ndarray`, (M, L, L)
         """
         k, length = self.latent.shape
         neighbours: list[list[int]] = [[] for _ in range(k)]
@@ -197,8 +204,8 @@ class LinearisedModels:
             neighbours[i].append(j)
             neighbours[j].append(i)
             entry[i, j], entry[j, i] = block, block.T
-        out = np.empty((len(which), length, length))
-        for m, i in enumerate(which):
+        out = np.empty_like(self.blocks)
+        for i in range(k):
             group = [i, *neighbours[i]]
             n = len(group)
             matrix = np.zeros((n, length, n, length))
@@ -211,7 +218,7 @@ class LinearisedModels:
             unit = np.zeros((n * length, length))
             unit[:length] = np.eye(length)
             # Positive definite: a sum of squares of the data plus the prior's unit matrix.
-            out[m] = np.linalg.solve(matrix.reshape(n * length, n * length), unit)[:length]
+            out[i] = np.linalg.solve(matrix.reshape(n * length, n * length), unit)[:length]
         return 0.5 * (out + out.transpose(0, 2, 1))
 
 
