@@ -4,7 +4,7 @@
 
 usage: python benchmarks/heldout_fields.py OUT [--fields 16] [--seed 77]
 
-Galaxies of the embedded population, drawn anew for each field, a third of them at random places and the others
+Galaxies of the embedded population, drawn anew for each field, a third at random places and the others
 0.6" to 3" from one of those; in every band of every field a PSF of another width, profile and shape; LSST's
 full depth. What is tuned is tuned here, so that other benchmarks stay independent.
 """

@@ -305,6 +305,8 @@ class _Rows:
     mean: NDArray[np.float32]
     sigma: NDArray[np.float32]
     covariance: NDArray[np.float32]  # of the posterior; NaN unless it is known
+    moments: NDArray[np.float32]  # intrinsic second moments, and errors; NaN unless they are known
+    moments_error: NDArray[np.float32]
     image: NDArray[np.float32]
     sky: NDArray[np.float32]
 
@@ -401,6 +403,8 @@ class _Procedure:
             mean=np.zeros((n, length), np.float32),
             sigma=np.zeros((n, length), np.float32),
             covariance=np.full((n, length, length), np.nan, np.float32),
+            moments=np.full((n, b, 3), np.nan, np.float32),
+            moments_error=np.full((n, b, 3), np.nan, np.float32),
             image=np.zeros((n, b, s, s), np.float32),
             sky=np.zeros((n, b, s, s), np.float32),
         )
@@ -778,7 +782,7 @@ class _Procedure:
         self._change(rows, r.flux[rows])
 
     def _posterior(self) -> None:
-        """Widths of the posterior, and the errors of the fluxes that follow from them."""
+        """Widths of the posterior, and what follows from them for fluxes and second moments."""
         r = self.rows
         rows = np.flatnonzero(r.alive & r.active & r.tried & ~r.failed)
         for part in self._batches(rows):
@@ -786,9 +790,11 @@ class _Procedure:
         if len(rows):
             covariance = r.covariance[rows]
             r.sigma[rows] = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
-            slope = self.network.jacobian.parameters(r.mean[rows])[1][:, :, 0]
-            variance = np.einsum("kbi,kij,kbj->kb", slope, covariance, slope)
-            r.error[rows] = np.sqrt(np.maximum(variance, 0.0)) * r.network_flux[rows]
+            values, slope = self.network.jacobian.parameters(r.mean[rows])
+            variance = np.einsum("kbpi,kij,kbpj->kbp", slope, covariance, slope, optimize=True)
+            deviation = np.sqrt(np.maximum(variance, 0.0))
+            r.error[rows] = deviation[:, :, 0] * r.network_flux[rows]
+            r.moments[rows], r.moments_error[rows] = values[:, :, 3:], deviation[:, :, 3:]
 
     def _improve(self, parents: list[int]) -> list[int]:
         """Another pass for some parents; return those that got better and have not settled.
@@ -1131,6 +1137,8 @@ class _Procedure:
             flux=flux,
             flux_err=error,
             flux_network=r.network_flux[rows],
+            moments=r.moments[rows],
+            moments_err=r.moments_error[rows],
             model_frame=sky,
             observed=observed,
             flags=flags,

@@ -211,6 +211,9 @@ class SourceModels:
     flux, flux_err, flux_network : `numpy.ndarray`, (N, B)
         Total flux of the model and its standard deviation, nJy, NaN where there was nothing to measure it on;
         and the flux that goes with the latents, NaN without a model from the network.
+    moments, moments_err : `numpy.ndarray`, (N, B, 3)
+        Intrinsic second moments Ixx, Iyy, Ixy of the model, without any PSF and without weight function, and
+        their standard deviations, pixel^2; NaN where latents were not refined, and for models from a table.
     model_frame, observed : `numpy.ndarray`, (N, B, S, S)
         Models with the solved flux, in the network's frame and as the coadd shows them, nJy, float32; 0 where
         the flux is NaN.
@@ -245,6 +248,8 @@ class SourceModels:
     flux: NDArray[np.float64]
     flux_err: NDArray[np.float64]
     flux_network: NDArray[np.float64]
+    moments: NDArray[np.float32]
+    moments_err: NDArray[np.float32]
     model_frame: NDArray[np.float32]
     observed: NDArray[np.float32]
     flags: dict[str, NDArray[np.bool_]]
@@ -368,6 +373,8 @@ class SourceModels:
             flux=flux,
             flux_err=np.full(flux.shape, np.nan),
             flux_network=np.full(flux.shape, np.nan),
+            moments=np.full((*flux.shape, 3), np.nan, np.float32),
+            moments_err=np.full((*flux.shape, 3), np.nan, np.float32),
             model_frame=model,
             observed=renderer.observed(model, psf_index),
             flags={"fallback": fallback},
