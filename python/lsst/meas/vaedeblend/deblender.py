@@ -82,6 +82,13 @@ class DeblendConfig(Config):
         default=0.3,
         min=0.0,
     )
+    refinement_prior = RangeField[float](
+        doc="Precision of the latents' normal prior in the refinement. Below 1 the shapes of faint sources are "
+        "less round, and all that is measured of them is noisier.",
+        default=1.0,
+        min=0.0,
+        inclusiveMin=False,
+    )
     refinement_batch = RangeField[int](
         doc="Sources that are refined jointly; bounds the memory, about half a megabyte each.",
         default=512,
@@ -680,19 +687,23 @@ class _Procedure:
         chi2 = np.einsum("byx,byx,byx->yx", residual, residual, weight)
         n = int(groups.max()) + 2
         out = np.bincount(owner.ravel(), weights=chi2.ravel(), minlength=n)[: n - 1]
-        prior = (self.rows.mean[rows].astype(float) ** 2).sum(axis=1)
+        prior = self.config.refinement_prior * (self.rows.mean[rows].astype(float) ** 2).sum(axis=1)
         return out + np.bincount(groups, weights=prior, minlength=n - 1)
 
     def _linearise(self, rows: NDArray[np.int64]) -> LinearisedModels:
         r = self.rows
         corner = r.corner[rows]
-        weight = cut_out(self.weight.astype(np.float32), corner[:, 0], corner[:, 1], self.size)
         models = r.image[rows] * r.flux[rows].astype(np.float32)[:, :, None, None]
-        widths = choose_widths(models, weight)
-        moments = self.moments[r.cell[rows]]
-        jacobian = self.network.jacobian
+        widths = choose_widths(models, cut_out(self.weight, corner[:, 0], corner[:, 1], self.size))
         return LinearisedModels(
-            jacobian, r.mean[rows], moments, corner, widths, self.residual, self.weight.astype(np.float32)
+            self.network.jacobian,
+            r.mean[rows],
+            self.moments[r.cell[rows]],
+            corner,
+            widths,
+            self.residual,
+            self.weight,
+            self.config.refinement_prior,
         )
 
     def _draw(self, rows: NDArray[np.int64], latent: NDArray[np.float64]) -> None:

@@ -84,6 +84,8 @@ class LinearisedModels:
         The image minus all models, nJy.
     weight : `numpy.ndarray`, (B, H, W)
         Inverse variances, nJy^-2; 0 where the image is not valid.
+    prior : `float`, optional
+        Precision of the normal prior of each latent variable.
 
     Attributes
     ----------
@@ -102,12 +104,13 @@ class LinearisedModels:
         widths: NDArray,
         residual: NDArray,
         weight: NDArray,
+        prior: float = 1.0,
     ) -> None:
         k, length = latent.shape
         size = jacobian.metadata.cutout_size
         self.latent = latent.astype(np.float64)
-        gradient = -self.latent
-        blocks = np.tile(np.eye(length), (k, 1, 1))
+        gradient = -prior * self.latent
+        blocks = np.tile(prior * np.eye(length), (k, 1, 1))
         low = corner + size // 2 - widths[:, None] // 2
         high = low + widths[:, None]
         shape = np.array(residual.shape[1:])
