@@ -83,11 +83,24 @@ class DeblendConfig(Config):
         min=0.0,
     )
     refinement_prior = RangeField[float](
-        doc="Precision of the latents' normal prior in the refinement. Below 1 the shapes of faint sources are "
+        doc="Precision of the latents' normal prior in the refinement. Below 1 shapes of faint sources are "
         "less round, and all that is measured of them is noisier.",
-        default=1.0,
+        default=0.25,
         min=0.0,
         inclusiveMin=False,
+    )
+    posterior_scale = RangeField[float](
+        doc="Factor on the widths of the refined posterior. The linear approximation knows neither the "
+        "errors of the decoder nor tails of the population; the default is what held-out fields ask for.",
+        default=1.25,
+        min=0.0,
+        inclusiveMin=False,
+    )
+    flux_systematic = RangeField[float](
+        doc="Relative error of the fluxes of refined sources that is added in quadrature: what the "
+        "decoder cannot draw.",
+        default=0.015,
+        min=0.0,
     )
     refinement_batch = RangeField[int](
         doc="Sources that are refined jointly; bounds the memory, about half a megabyte each.",
@@ -99,7 +112,7 @@ class DeblendConfig(Config):
         doc="Significance of the peaks to start from in parents that come without any.", default=5.0, min=0.0
     )
     new_peak_threshold = RangeField[float](
-        doc="Significance that a peak in the residual needs to be tried.", default=8.0, min=0.0
+        doc="Significance that a peak in the residual needs to be tried.", default=6.0, min=0.0
     )
     min_separation = RangeField[float](
         doc="Distance that found peaks keep from each other and from existing sources, pixel.",
@@ -723,14 +736,15 @@ class _Procedure:
         r = self.rows
         rows = np.flatnonzero(r.alive & r.active & r.tried & ~r.failed)
         for part in self._batches(rows):
-            r.covariance[part] = self._linearise(part).covariances()
+            r.covariance[part] = self.config.posterior_scale**2 * self._linearise(part).covariances()
         if len(rows):
             covariance = r.covariance[rows]
             r.sigma[rows] = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
             values, slope = self.network.jacobian.parameters(r.mean[rows])
             variance = np.einsum("kbpi,kij,kbpj->kbp", slope, covariance, slope, optimize=True)
             deviation = np.sqrt(np.maximum(variance, 0.0))
-            r.error[rows] = deviation[:, :, 0] * r.network_flux[rows]
+            relative = np.hypot(deviation[:, :, 0], self.config.flux_systematic)
+            r.error[rows] = relative * r.network_flux[rows]
             r.moments[rows], r.moments_error[rows] = values[:, :, 3:], deviation[:, :, 3:]
 
     def _improve(self, parents: list[int]) -> list[int]:
