@@ -52,9 +52,9 @@ class DeblendConfig(Config):
     """Configuration of the iterative procedure."""
 
     min_passes = RangeField[int](
-        doc="Passes through the network before convergence is judged, at the start and for a trial of new "
-        "peaks. From the second on, cutouts have their neighbours subtracted.",
-        default=2,
+        doc="Passes through the network at the start and, without refinement, for a trial of new peaks. From "
+        "the second on, cutouts have their neighbours subtracted.",
+        default=3,
         min=1,
     )
     max_iterations = RangeField[int](
@@ -922,7 +922,7 @@ class _Procedure:
         self._start()
         everything = list(range(len(self.scene.parents)))
         parents = [p for p, own in zip(everything, self._members(everything), strict=True) if len(own)]
-        for _ in range(1 if self.refines else self.config.min_passes):
+        for _ in range(self.config.min_passes):
             self._pass(parents)
         if self.refines:
             moving = self._refine_parents(parents)
