@@ -85,7 +85,7 @@ class DeblendConfig(Config):
     refinement_prior = RangeField[float](
         doc="Precision of the latents' normal prior in the refinement. Below 1 shapes of faint sources are "
         "less round, and all that is measured of them is noisier.",
-        default=0.25,
+        default=0.5,
         min=0.0,
         inclusiveMin=False,
     )
