@@ -15,4 +15,4 @@ config.network.latent_size = 24
 config.network.rungs = 6
 config.network.free_gaussians = 6
 config.prior.samples = 300_000
-config.deblender.samples = 300_000
+config.deblender.samples = 450_000
