@@ -79,7 +79,7 @@ class DeblendConfig(Config):
     )
     refinement_tolerance = RangeField[float](
         doc="A source has settled when a step promises to lower chi-square by less than this.",
-        default=0.3,
+        default=0.5,
         min=0.0,
     )
     refinement_prior = RangeField[float](
