@@ -25,6 +25,7 @@ __all__ = [
     "ScarletParent",
     "ScarletSource",
     "factorize",
+    "isolated_to_scarlet",
     "models_to_scarlet",
     "read",
     "render",
@@ -768,6 +769,51 @@ def _plain(values: ArrayLike, dtype: type = np.float32) -> list[int | float]:
 # Models.
 
 
+def isolated_to_scarlet(
+    bands: Sequence[str],
+    psf: ArrayLike,
+    isolated: Sequence[Parent],
+    origin: tuple[int, int],
+    *,
+    model_sigma: float = 0.8,
+) -> ScarletModels:
+    """Make scarlet models of a patch where nothing was deblended.
+
+    Parameters
+    ----------
+    bands : sequence of `str`
+        Bands.
+    psf : array_like, (B, h, w)
+        Observed PSF of the patch in each band.
+    isolated : sequence of `lsst.meas.vaedeblend.scene.Parent`
+        The isolated sources, with their first peak.
+    origin : `tuple` [`int`]
+        Tract pixel (y, x) of the scene's pixel [0, 0].
+    model_sigma : `float`, optional
+        Standard deviation of the model frame's Gaussian before the integration over pixels, pixel.
+
+    Returns
+    -------
+    scarlet : `ScarletModels`
+        The models.
+
+    Raises
+    ------
+    ValueError
+        Raised if an isolated source has no peak.
+    """
+    y0, x0 = origin
+    model_psf = gaussian_psf(model_sigma, _MODEL_PSF_SIZE).astype(np.float32)
+    out = ScarletModels(tuple(bands), model_psf, np.asarray(psf, np.float32))
+    for parent in isolated:
+        if not len(parent.peaks):
+            raise ValueError(f"The isolated source {parent.id} has no peak.")
+        peak = (float(np.rint(parent.peaks[0, 1])) + y0, float(np.rint(parent.peaks[0, 0])) + x0)
+        corner = (int(parent.y0 + y0), int(parent.x0 + x0))
+        out.isolated[int(parent.id)] = IsolatedSource(corner, peak, parent.footprint)
+    return out
+
+
 def models_to_scarlet(
     models: SourceModels,
     psf: ArrayLike,
@@ -822,13 +868,7 @@ def models_to_scarlet(
         relative = 0.1 * models.flux_err / models.flux
     relative = np.where(relative >= 0, relative, np.inf)
     circle = np.clip(relative, tolerance, 10.0 * tolerance)
-    out = ScarletModels(models.bands, gaussian_psf(model_sigma, _MODEL_PSF_SIZE).astype(np.float32), psf)
-    for parent in isolated:
-        if not len(parent.peaks):
-            raise ValueError(f"The isolated source {parent.id} has no peak.")
-        peak = (float(np.rint(parent.peaks[0, 1])) + y0, float(np.rint(parent.peaks[0, 0])) + x0)
-        origin = (int(parent.y0 + y0), int(parent.x0 + x0))
-        out.isolated[int(parent.id)] = IsolatedSource(origin, peak, parent.footprint)
+    out = isolated_to_scarlet(models.bands, psf, isolated, models.origin, model_sigma=model_sigma)
     known = {int(parent.id): parent for parent in parents}
     blends: dict[int, ScarletBlend] = {}
     for i, (number, parent_id) in enumerate(zip(models.id.tolist(), models.parent.tolist(), strict=True)):
