@@ -1,0 +1,107 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The data release pipelines with this deblender in them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lsst.pipe.base import LabelSpecifier, Pipeline
+from lsst.utils import doImport
+
+pytestmark = pytest.mark.stack
+
+PIPELINES = Path(__file__).resolve().parents[2] / "pipelines"
+
+V2 = {
+    "merge": "mergeObjectDetection",
+    "deblend": "deblendCoaddFootprints",
+    "measure": "measureObjectUnforced",
+    "forced": "measureObjectForced",
+    "objects": "object_deblend",
+    "models": "object_scarlet_models",
+    "merged": "object_detection_merged",
+    "schema": "object_deblend_schema",
+    "deconvolved": "deconvolved_deep_coadd",
+    "network": "lsst_ugrizy",
+}
+V1 = {
+    "merge": "mergeDetections",
+    "deblend": "deblend",
+    "measure": "measure",
+    "forced": "forcedPhotCoadd",
+    "objects": "deepCoadd_deblendedCatalog",
+    "models": "deepCoadd_scarletModelData",
+    "merged": "deepCoadd_mergeDet",
+    "schema": "deepCoadd_deblendedFlux_schema",
+    "deconvolved": "deconvolved_deep_coadd",
+    "network": "hsc_grizy",
+}
+CASES = [("LSSTCam", V2, True), ("LSSTComCam", V2, False), ("HSC", V1, False)]
+
+
+@pytest.fixture(autouse=True)
+def directories():
+    needed = ("DRP_PIPE_DIR", "ANALYSIS_TOOLS_DIR", "MEAS_EXTENSIONS_MULTIPROFIT_DIR", "PIPE_TASKS_DIR")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)} in the environment, as EUPS sets them")
+
+
+def importable(pipeline: Pipeline) -> set[str]:
+    """Labels of the tasks whose packages are installed: an environment may lack some of DRP's."""
+    found = set()
+    for label in pipeline.task_labels:
+        try:
+            doImport(pipeline._pipelineIR.tasks[label].klass)
+        except ImportError:
+            continue
+        found.add(label)
+    return found
+
+
+@pytest.mark.parametrize(("instrument", "names", "cells"), CASES, ids=[case[0] for case in CASES])
+def test_every_connection_is_resolved(instrument, names, cells):
+    pipeline = Pipeline.from_uri(str(PIPELINES / instrument / "DRP-vaedeblend.yaml"))
+    labels = importable(pipeline)
+    assert {names[key] for key in ("merge", "deblend", "measure", "forced")} <= labels
+    assert "deconvolve" not in pipeline.task_labels
+    subset = pipeline.subset_from_labels(LabelSpecifier(labels=labels))
+    # Making the graph checks contracts and storage classes, and reads the configuration of each task.
+    graph = subset.to_graph()
+    graph.sort()
+    node = graph.tasks[names["deblend"]]
+    assert node.task_class_name.endswith("VaeDeblendFootprintsTask")
+    assert node.config.multibandDeblend.network == names["network"]
+    assert node.config.useCellCoadds == cells
+    assert graph.producer_of(names["objects"]).label == names["deblend"]
+    assert graph.producer_of(names["merged"]).label == names["merge"]
+    readers = {task.label for task in graph.consumers_of(names["models"])}
+    assert {names["measure"], names["forced"]} <= readers
+    assert names["measure"] in {task.label for task in graph.consumers_of(names["objects"])}
+    assert names["deconvolved"] not in graph.dataset_types
+    for key in ("measure", "forced"):
+        assert "ext_vaedeblend_Posterior" in graph.tasks[names[key]].config.measurement.plugins.names
+    # All that the task reads, but for coadds from steps before, comes from tasks of the pipeline.
+    for edge in node.inputs.values():
+        assert graph.producer_of(edge.parent_dataset_type_name) is not None, edge.connection_name
+
+
+@pytest.mark.parametrize(("instrument", "names", "cells"), CASES, ids=[case[0] for case in CASES])
+def test_pipetask_builds_it(instrument, names, cells):
+    path = PIPELINES / instrument / "DRP-vaedeblend.yaml"
+    labels = ",".join(names[key] for key in ("merge", "deblend", "measure", "forced"))
+    code = "from lsst.ctrl.mpexec.cli.pipetask import main; main()"
+    process = subprocess.run(
+        [sys.executable, "-c", code, "build", "-p", f"{path}#{labels}", "--show", "pipeline-graph"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-3000:]
+    assert names["deblend"] in process.stdout and names["objects"] in process.stdout
