@@ -20,6 +20,7 @@ from lsst.meas.vaedeblend.adapters.scarlet_file import (
     ScarletFileError,
     ScarletModels,
     factorize,
+    isolated_to_scarlet,
     models_to_scarlet,
     read,
     render,
@@ -295,6 +296,17 @@ def test_isolated_sources_keep_their_footprints(deblended, ours):
     blended = ours.parents[1]
     assert blended.origin == (3030, 9940)
     np.testing.assert_array_equal(blended.footprint, deblended[1][0].footprint)
+
+
+def test_a_patch_without_blends_has_a_file_too(deblended, ours):
+    models, parents, psf = deblended
+    alone = isolated_to_scarlet(models.bands, psf, parents[1:], models.origin)
+    stored = read(io.BytesIO(to_bytes(alone)))
+    assert not stored.parents and stored.bands == models.bands
+    assert_same(stored.isolated, ours.isolated)
+    with pytest.raises(ValueError, match="no peak"):
+        peakless = Parent(9, 0, 0, np.ones((3, 3), bool))
+        isolated_to_scarlet(models.bands, psf, [peakless], models.origin)
 
 
 def test_factors_meet_their_tolerances_and_fewer_suffice_for_less():
