@@ -231,10 +231,12 @@ class VaeMultibandDeblendTask(Task):
         NetworkError
             Raised when the network does not go with the scene.
         lsst.pipe.base.NoWorkFound
-            Raised when there is no merged detection.
+            Raised when there is no merged detection, or no coadd has a PSF.
         """
         if not len(mergedSources):
             raise NoWorkFound("There is no merged detection in the patch.")
+        if not scene.psf.valid.any():
+            raise NoWorkFound("No coadd of the patch has a PSF.")
         network = configured_network(self.config)
         families = read_parents(mergedSources, scene.origin, self.config.pseudoColumns)
         active = self._select(families, scene, planes or {})
