@@ -16,16 +16,18 @@ import numpy as np
 from lsst.afw.table import ExposureTable
 from lsst.cell_coadds import (
     CellIdentifiers,
+    CoaddInputs,
     CoaddUnits,
     CommonComponents,
     MultipleCellCoadd,
+    ObservationIdentifiers,
     OwnedImagePlanes,
     PatchIdentifiers,
     SingleCellCoadd,
     UniformGrid,
 )
 from lsst.daf.butler import Butler, DatasetType
-from lsst.geom import Box2I, Extent2I, Point2I
+from lsst.geom import Box2D, Box2I, Extent2I, Point2I
 from lsst.meas.algorithms import KernelPsf
 from lsst.meas.vaedeblend.adapters.butler_repo import run_pipetask
 from lsst.meas.vaedeblend.evaluation.patch import SimulatedPatch
@@ -147,8 +149,16 @@ def make_cell_coadd(exposure: afwImage.ExposureF, data_id: Mapping[str, Any], ce
     identifiers = PatchIdentifiers(
         skymap=data_id["skymap"], tract=data_id["tract"], patch=Index2D(x=0, y=0), band=band
     )
+    # The file format wants an input.
+    visit = ObservationIdentifiers(
+        instrument=INSTRUMENT, physical_filter=f"sim_{band}", visit=1, detector=1, day_obs=20000101
+    )
     common = CommonComponents(
-        units=CoaddUnits.nJy, wcs=exposure.getWcs(), band=band, identifiers=identifiers, visit_polygons={}
+        units=CoaddUnits.nJy,
+        wcs=exposure.getWcs(),
+        band=band,
+        identifiers=identifiers,
+        visit_polygons={visit: afwGeom.Polygon(Box2D(box))},
     )
     kernel = exposure.getPsf().computeKernelImage(box.getCenter())
     cells = []
@@ -167,7 +177,7 @@ def make_cell_coadd(exposure: afwImage.ExposureF, data_id: Mapping[str, Any], ce
                     ),
                     psf=kernel,
                     inner_bbox=grid.bbox_of(index),
-                    inputs={},
+                    inputs={visit: CoaddInputs(True, 1.0, 1.0, afwGeom.Quadrupole(2.0, 2.0), False)},
                     common=common,
                     identifiers=CellIdentifiers(
                         skymap=identifiers.skymap,
