@@ -54,14 +54,16 @@ DETECT = """
         config.detection.retarget(SourceDetectionTask)
         config.detection.thresholdType = "pixel_stdev"
         config.detection.isotropicGrow = True
-        config.detection.reEstimateBackground = False
+        config.detection.reEstimateBackground = True
+        config.detection.background.binSize = 200
+        config.detection.background.useApprox = False
+        config.detection.background.undersampleStyle = "REDUCE_INTERP_ORDER"
         config.detection.doTempLocalBackground = False
   merge:
     class: lsst.pipe.tasks.mergeDetections.MergeDetectionsTask
     config:
       priorityList: [i, r, z, y, g, u]
       skyObjects.nSources: 10
-      idGenerator.packer.n_bands: null
 """
 
 VAE = """
@@ -283,7 +285,7 @@ class StackRepository:
         return run_pipetask(
             self.root,
             output,
-            inputs=",".join([*inputs, INPUTS]),
+            inputs=",".join([*inputs, INPUTS, "skymaps"]),
             pipeline=path,
             query=f"skymap = '{SKYMAP}' AND tract = 0 AND patch IN ({chosen})",
         ).stdout

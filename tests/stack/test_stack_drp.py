@@ -70,7 +70,7 @@ def test_every_connection_is_resolved(instrument, names, cells):
     labels = importable(pipeline)
     assert {names[key] for key in ("merge", "deblend", "measure", "forced")} <= labels
     assert "deconvolve" not in pipeline.task_labels
-    subset = pipeline.subset_from_labels(LabelSpecifier(labels=labels))
+    subset = pipeline.subsetFromLabels(LabelSpecifier(labels=labels))
     # Making the graph checks contracts and storage classes, and reads the configuration of each task.
     graph = subset.to_graph()
     graph.sort()

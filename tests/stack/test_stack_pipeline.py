@@ -330,7 +330,8 @@ def test_a_patch_with_sky_objects_only(deblended):
 
 
 def test_a_patch_with_nothing_at_all(repository):
-    detect = DETECT.replace("skyObjects.nSources: 10", "skyObjects.nSources: 0")
+    # Sky objects of this size find no place.
+    detect = DETECT.replace("skyObjects.nSources: 10", f"skyObjects.sourceRadius: {SIZE}")
     log = repository.run(detect + VAE, [], "nothing", [EMPTY])
     assert len(repository.get("deepCoadd_mergeDet", "nothing", EMPTY)) == 0
     assert "no merged detection" in log
@@ -368,8 +369,9 @@ def test_a_band_without_psf(repository):
     assert incomplete[~np.array(result.objectParents["merge_peak_sky"])].all()
 
 
-def make_task(repository, **settings):
+def make_task(repository, find_new_peaks=True, **settings):
     config = VaeDeblendFootprintsTask.ConfigClass()
+    config.multibandDeblend.deblend.find_new_peaks = find_new_peaks
     for name, value in settings.items():
         setattr(config.multibandDeblend, name, value)
     init = {
@@ -398,7 +400,7 @@ def test_parents_beyond_the_limits_are_skipped_and_marked(repository):
         for coadd in coadds.values():
             if "NOT_DEBLENDED" in coadd.mask.getMaskPlaneDict():
                 coadd.mask.clearMaskPlane(coadd.mask.getMaskPlane("NOT_DEBLENDED"))
-        result = run_task(repository, merged, coadds, **settings)
+        result = run_task(repository, merged, coadds, find_new_peaks=False, **settings)
         for record in result.objectParents:
             skipped = record.getId() in several
             assert record["deblend_skipped"] == record[f"deblend_skipped_{reason}"] == skipped

@@ -13,8 +13,10 @@ have in the stack.
 from __future__ import annotations
 
 __all__ = [
+    "ForcedPosteriorConfig",
     "ForcedPosteriorPlugin",
     "PosteriorConfig",
+    "SingleFramePosteriorConfig",
     "SingleFramePosteriorPlugin",
 ]
 
@@ -23,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from lsst.afw.table import SourceRecord
 from lsst.meas.base import (
-    BaseMeasurementPluginConfig,
     BasePlugin,
     ForcedPlugin,
+    ForcedPluginConfig,
     SingleFramePlugin,
+    SingleFramePluginConfig,
 )
 from lsst.meas.base.pluginRegistry import register
-from lsst.pex.config import ListField
+from lsst.pex.config import Config, ListField
 
 from ..catalog import SOURCE_FLAGS
 from .afw_catalog import posterior_column
@@ -44,8 +47,8 @@ NAME = "ext_vaedeblend_Posterior"
 _MOMENTS = ("xx", "yy", "xy")
 
 
-class PosteriorConfig(BaseMeasurementPluginConfig):
-    """Configuration of the plugin."""
+class PosteriorConfig(Config):
+    """Configuration of both plugins."""
 
     unreliableFlags = ListField[str](
         doc="Flags of the deblender that set flag_unreliable, without deblend_posterior_flag_.",
@@ -56,6 +59,14 @@ class PosteriorConfig(BaseMeasurementPluginConfig):
         super().validate()
         if unknown := sorted(set(self.unreliableFlags) - set(SOURCE_FLAGS)):
             raise ValueError(f"The deblender has no flags {unknown}; it has {sorted(SOURCE_FLAGS)}.")
+
+
+class SingleFramePosteriorConfig(SingleFramePluginConfig, PosteriorConfig):
+    """Configuration of the plugin for single-frame measurement."""
+
+
+class ForcedPosteriorConfig(ForcedPluginConfig, PosteriorConfig):
+    """Configuration of the plugin for forced measurement."""
 
 
 class _Posterior:
@@ -124,7 +135,7 @@ class SingleFramePosteriorPlugin(SingleFramePlugin):
 
     Parameters
     ----------
-    config : `PosteriorConfig`
+    config : `SingleFramePosteriorConfig`
         Configuration.
     name : `str`
         Name of the plugin.
@@ -139,13 +150,13 @@ class SingleFramePosteriorPlugin(SingleFramePlugin):
         Raised if the schema lacks the columns of the posterior.
     """
 
-    ConfigClass = PosteriorConfig
+    ConfigClass = SingleFramePosteriorConfig
 
     @classmethod
     def getExecutionOrder(cls) -> float:
         return BasePlugin.FLUX_ORDER
 
-    def __init__(self, config: PosteriorConfig, name: str, schema: Schema, metadata: Any) -> None:
+    def __init__(self, config: SingleFramePosteriorConfig, name: str, schema: Schema, metadata: Any) -> None:
         super().__init__(config, name, schema, metadata)
         self._posterior = _Posterior(schema, schema, name, config)
 
@@ -164,7 +175,7 @@ class ForcedPosteriorPlugin(ForcedPlugin):
 
     Parameters
     ----------
-    config : `PosteriorConfig`
+    config : `ForcedPosteriorConfig`
         Configuration.
     name : `str`
         Name of the plugin.
@@ -179,13 +190,15 @@ class ForcedPosteriorPlugin(ForcedPlugin):
         Raised if the reference catalogue lacks the columns of the posterior.
     """
 
-    ConfigClass = PosteriorConfig
+    ConfigClass = ForcedPosteriorConfig
 
     @classmethod
     def getExecutionOrder(cls) -> float:
         return BasePlugin.FLUX_ORDER
 
-    def __init__(self, config: PosteriorConfig, name: str, schemaMapper: SchemaMapper, metadata: Any) -> None:
+    def __init__(
+        self, config: ForcedPosteriorConfig, name: str, schemaMapper: SchemaMapper, metadata: Any
+    ) -> None:
         super().__init__(config, name, schemaMapper, metadata)
         self._posterior = _Posterior(
             schemaMapper.getInputSchema(), schemaMapper.editOutputSchema(), name, config
