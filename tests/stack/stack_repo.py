@@ -128,6 +128,9 @@ def make_exposure(
     masked = afwImage.MaskedImageF(Box2I(Point2I(*corner[::-1]), Extent2I(*image.shape[::-1])))
     masked.image.array[:] = image / scale
     masked.variance.array[:] = variance / scale**2
+    # Planes that assembly makes, and that measurement looks for.
+    for name in ("CLIPPED", "SENSOR_EDGE", "INEXACT_PSF", "REJECTED"):
+        masked.mask.addMaskPlane(name)
     for name, where in (planes or {}).items():
         masked.mask.addMaskPlane(name)
         masked.mask.array[where] |= masked.mask.getPlaneBitMask(name)

@@ -843,8 +843,10 @@ def models_to_scarlet(
     model_sigma : `float`, optional
         Standard deviation of the model frame's Gaussian before the integration over pixels, pixel.
     tolerance : `float`, optional
-        Error of a pixel over the flux of its band, see `factorize`. Circles may be off by as much, or by a
-        tenth of the flux's standard deviation if that is more, but by no more than ten times the tolerance.
+        Error of a pixel, and of the flux in a circle, over the flux of its band, see `factorize`; the total
+        flux is exact. Where the standard deviation of the flux is larger, circles may be off by a fifth of
+        it, but by no more than twenty times the tolerance, and pixels by a twentieth of it, but by no more
+        than five times the tolerance.
 
     Returns
     -------
@@ -865,9 +867,10 @@ def models_to_scarlet(
         raise ValueError(f"{len(peak_ids)} peaks for {len(models)} sources.")
     # Most sources of a patch are faint: what lies far below their noise would only make the file large.
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = 0.1 * models.flux_err / models.flux
+        relative = models.flux_err / models.flux
     relative = np.where(relative >= 0, relative, np.inf)
-    circle = np.clip(relative, tolerance, 10.0 * tolerance)
+    circle = np.clip(0.2 * relative, tolerance, 20.0 * tolerance)
+    pixel = np.clip(0.05 * relative, tolerance, 5.0 * tolerance)
     out = isolated_to_scarlet(models.bands, psf, isolated, models.origin, model_sigma=model_sigma)
     known = {int(parent.id): parent for parent in parents}
     blends: dict[int, ScarletBlend] = {}
@@ -890,7 +893,7 @@ def models_to_scarlet(
         corner = (int(models.corner_y[i]) + y0, int(models.corner_x[i]) + x0)
         components = [
             FactorizedComponent((corner[0] + y, corner[1] + x), peak, spectrum, morph)
-            for spectrum, morph, (y, x) in factorize(models.model_frame[i], tolerance, circle[i])
+            for spectrum, morph, (y, x) in factorize(models.model_frame[i], pixel[i], circle[i])
         ]
         if not components:
             nothing = np.zeros(len(models.bands), np.float32)
@@ -902,7 +905,7 @@ def models_to_scarlet(
 
 
 def factorize(
-    model: ArrayLike, tolerance: float = 1e-3, circle_tolerance: ArrayLike | None = None
+    model: ArrayLike, tolerance: ArrayLike = 1e-3, circle_tolerance: ArrayLike | None = None
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32], tuple[int, int]]]:
     """Write a model as a sum of a few products of a spectrum and an image.
 
@@ -921,7 +924,7 @@ def factorize(
     model : array_like, (B, S, S)
         Image of one source in each band, nJy. A band whose sum is not above a tenth of the sum of its
         absolute values, as that of noise, counts as empty.
-    tolerance : `float`, optional
+    tolerance : array_like, (B,), optional
         Error of a pixel over the band's flux.
     circle_tolerance : array_like, (B,), optional
         Error of the flux in circles over the band's flux; by default ``tolerance``.
@@ -938,10 +941,11 @@ def factorize(
         Raised if the model is not finite, or a tolerance not positive.
     """
     model = np.asarray(model, np.float64)
-    circle = np.broadcast_to(tolerance if circle_tolerance is None else circle_tolerance, len(model))
+    tolerance = np.broadcast_to(tolerance, len(model))
+    circle = tolerance if circle_tolerance is None else np.broadcast_to(circle_tolerance, len(model))
     if not np.isfinite(model).all():
         raise ValueError("The model is not finite.")
-    if not (tolerance > 0 and (circle > 0).all()):
+    if not ((tolerance > 0).all() and (circle > 0).all()):
         raise ValueError(f"Tolerances should be positive, not {tolerance} and {circle}.")
     flux = model.sum(axis=(1, 2))
     bright = flux > 0.1 * np.abs(model).sum(axis=(1, 2))
@@ -949,7 +953,7 @@ def factorize(
         return []
     # From here on the unit of each band is its tolerance, and that of pixels the ratio of the two.
     unit = (circle * flux)[bright]
-    pixel = tolerance / circle[bright, None]
+    pixel = (tolerance / circle)[bright, None]
     shapes = model[bright] / unit[:, None, None]
     # What is cut off counts against the tolerance, and something has to be left for the other errors.
     y1, y2, x1, x2 = _trim(shapes, 0.5)

@@ -81,7 +81,11 @@ class VaeMultibandDeblendConfig(DeblendTaskConfig, LimitsConfig):
         min=0,
     )
     modelTolerance = RangeField[float](
-        doc="Error of the stored models, as a part of the object's flux in a band.",
+        doc=(
+            "Error of a pixel of the stored models, and of the flux in circles around the object, as a part "
+            "of its flux in a band. Faint objects are stored less exactly, but always far below their noise; "
+            "total fluxes are exact."
+        ),
         default=1e-3,
         min=1e-6,
     )
@@ -107,6 +111,9 @@ class VaeMultibandDeblendConfig(DeblendTaskConfig, LimitsConfig):
         super().setDefaults()
         # Patches that lack a band are common where surveys begin and end, and scarlet deblends them.
         self.allowMissingBands = True
+        # Detection has said what there is. What remains of galaxies larger than the network's cutout would
+        # pass for more.
+        self.deblend.find_new_peaks = False
 
 
 class VaeMultibandDeblendTask(Task):
