@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 import synthetic
-from lsst.meas.vaedeblend.deblender import DeblendConfig, deblend, joint_fluxes
+from lsst.meas.vaedeblend.deblender import DeblendConfig, deblend
+from lsst.meas.vaedeblend.fluxes import joint_fluxes
 from lsst.meas.vaedeblend.models import render
 from lsst.meas.vaedeblend.network import Network, NetworkError
 from lsst.meas.vaedeblend.psf import gaussian_psf

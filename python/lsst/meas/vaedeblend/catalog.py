@@ -140,14 +140,14 @@ def object_table(
                 f"{name}_flux",
                 sources.flux[:, i],
                 "nJy",
-                f"Flux of the model in {name}, solved with its siblings",
+                f"Flux of the model in {name}, fitted with its siblings",
             ),
             (f"{name}_fluxErr", sources.flux_err[:, i], "nJy", f"Standard deviation of the flux in {name}"),
             (
                 f"{name}_fluxNetwork",
                 sources.flux_network[:, i],
                 "nJy",
-                f"Flux that the network itself gave in {name}",
+                f"Flux that goes with the latents in {name}",
             ),
         ]
     moments = adaptive_moments(sources.model_frame[:, sources.bands.index(band)])
@@ -162,6 +162,25 @@ def object_table(
         ("shape_xy", moments[:, 2], "pix2", f"Adaptive second moment Ixy {where}"),
         ("shape_e1", e1, "", f"Ellipticity (Ixx - Iyy) / (Ixx + Iyy) {where}"),
         ("shape_e2", e2, "", f"Ellipticity 2 Ixy / (Ixx + Iyy) {where}"),
+    ]
+    b = sources.bands.index(band)
+    for k, name in enumerate(("xx", "yy", "xy")):
+        what = f"intrinsic second moment I{name} of the model in {band}, without PSF and weight function"
+        columns += [
+            (
+                f"shape_intrinsic_{name}",
+                sources.moments[:, b, k].astype(float),
+                "pix2",
+                what[0].upper() + what[1:],
+            ),
+            (
+                f"shape_intrinsic_{name}Err",
+                sources.moments_err[:, b, k].astype(float),
+                "pix2",
+                f"Standard deviation of the {what}",
+            ),
+        ]
+    columns += [
         (
             "deblend_posteriorWidth",
             posterior.mean(axis=1),

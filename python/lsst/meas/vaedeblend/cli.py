@@ -217,6 +217,21 @@ def hsc(directory: Path, out: Path, network: str, processes: int) -> None:
 
 
 @evaluate.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.argument("out", type=_OUTPUT)
+@click.option("--network", default="hsc_grizy", show_default=True, help="Name or path of the network.")
+@click.option("--per-blend", default=3, show_default=True, help="Galaxies for each blend, one at a time.")
+@click.option("--seed", default=1, show_default=True, help="Seed of galaxies and positions.")
+def injection(directory: Path, out: Path, network: str, per_blend: int, seed: int) -> None:
+    """Inject simulated galaxies into the HSC blends of DIRECTORY; write how they come out to OUT."""
+    from .evaluation.injection import evaluate_injection
+
+    with _failures():
+        summary = evaluate_injection(directory, out, network=network, per_blend=per_blend, seed=seed)
+    _echo(summary, skip="galaxies")
+
+
+@evaluate.command()
 @click.argument("out", type=_OUTPUT)
 @click.option(
     "--configs",

@@ -205,9 +205,15 @@ class SourceModels:
         Iteration at which a source was accepted, 0 for those of the start.
     latent_mean, latent_sigma : `numpy.ndarray`, (N, L)
         Approximate posterior of the latents, float32.
+    latent_covariance : `numpy.ndarray`, (N, L, L)
+        Covariance of the posterior with the neighbours left free, float32; NaN where latents were not refined
+        on the pixels, and for models from a table.
     flux, flux_err, flux_network : `numpy.ndarray`, (N, B)
-        Total flux of the model, jointly solved for, and its standard deviation, nJy, NaN where there was
-        nothing to measure it on; and the network's own flux, NaN without a model from it.
+        Total flux of the model and its standard deviation, nJy, NaN where there was nothing to measure it on;
+        and the flux that goes with the latents, NaN without a model from the network.
+    moments, moments_err : `numpy.ndarray`, (N, B, 3)
+        Intrinsic second moments Ixx, Iyy, Ixy of the model, without any PSF and without weight function, and
+        their standard deviations, pixel^2; NaN where latents were not refined, and for models from a table.
     model_frame, observed : `numpy.ndarray`, (N, B, S, S)
         Models with the solved flux, in the network's frame and as the coadd shows them, nJy, float32; 0 where
         the flux is NaN.
@@ -238,9 +244,12 @@ class SourceModels:
     iteration: NDArray[np.int64]
     latent_mean: NDArray[np.float32]
     latent_sigma: NDArray[np.float32]
+    latent_covariance: NDArray[np.float32]
     flux: NDArray[np.float64]
     flux_err: NDArray[np.float64]
     flux_network: NDArray[np.float64]
+    moments: NDArray[np.float32]
+    moments_err: NDArray[np.float32]
     model_frame: NDArray[np.float32]
     observed: NDArray[np.float32]
     flags: dict[str, NDArray[np.bool_]]
@@ -360,9 +369,12 @@ class SourceModels:
             iteration=np.zeros(n, np.int64),
             latent_mean=latent,
             latent_sigma=np.asarray(table["latent_sigma"], np.float32).reshape(latent.shape),
+            latent_covariance=np.full((*latent.shape, latent.shape[1]), np.nan, np.float32),
             flux=flux,
             flux_err=np.full(flux.shape, np.nan),
             flux_network=np.full(flux.shape, np.nan),
+            moments=np.full((*flux.shape, 3), np.nan, np.float32),
+            moments_err=np.full((*flux.shape, 3), np.nan, np.float32),
             model_frame=model,
             observed=renderer.observed(model, psf_index),
             flags={"fallback": fallback},

@@ -11,7 +11,9 @@ message.
 Inputs of a deblender: ``image`` (N, B, S, S) nJy, ``valid`` (N, B, S, S) 0 or 1, ``noise`` (N, B) nJy,
 ``psf_moments`` (N, B, 3) pixel^2, ``epsilon`` (N, L); a graph may leave out any of them but ``image``.
 Outputs: ``model`` (N, B, S, S) nJy, ``latent_mean`` and ``latent_sigma`` (N, L). A decoder takes ``latent``
-(N, L) to ``model``.
+(N, L) to ``model``. A decoder's Jacobian, a third file that a network may have, takes ``latent``,
+``psf_moments`` and the coordinates ``x`` (W) and ``y`` (H) of pixels to ``image_jacobian`` (N, B, L, H, W),
+``parameters`` (N, B, 6) and ``parameter_jacobian`` (N, B, 6, L).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ __all__ = [
     "CONTRACT_VERSION",
     "METADATA_KEY",
     "Decoder",
+    "Jacobian",
     "Network",
     "NetworkError",
     "NetworkMetadata",
@@ -65,6 +68,8 @@ _MODEL_METADATA = 14
 _GRAPH_INITIALIZER = 5
 _TENSOR_EXTERNAL_DATA = 13
 _ARTEFACTS = Path(__file__).parent / "artefacts"
+_KINDS = ("deblender", "decoder", "jacobian")
+_COMPANIONS = tuple(f"_{kind}" for kind in _KINDS[1:])
 
 
 class NetworkError(Exception):
@@ -212,7 +217,7 @@ class NetworkMetadata:
     name : `str`
         Name of the network; a decoder bears the name of its deblender.
     kind : `str`
-        "deblender" or "decoder".
+        "deblender", "decoder" or "jacobian".
     bands : `tuple` [`str`]
         Bands in the order of the arrays.
     pixel_scale : `float`
@@ -277,7 +282,7 @@ class NetworkMetadata:
 
         check("contract", self.contract == CONTRACT_VERSION, f"{CONTRACT_VERSION} (this runtime's contract)")
         check("name", isinstance(self.name, str) and bool(self.name), "a name")
-        check("kind", self.kind in ("deblender", "decoder"), "'deblender' or 'decoder'")
+        check("kind", self.kind in _KINDS, f"one of {list(_KINDS)}")
         check(
             "bands",
             isinstance(self.bands, list | tuple)
@@ -390,7 +395,7 @@ def shipped_networks() -> list[str]:
     names : `list` [`str`]
         Names that `resolve` takes, sorted.
     """
-    return sorted(p.stem for p in _ARTEFACTS.glob("*.onnx") if not p.stem.endswith("_decoder"))
+    return sorted(p.stem for p in _ARTEFACTS.glob("*.onnx") if not p.stem.endswith(_COMPANIONS))
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
@@ -522,6 +527,9 @@ def _session(model: bytes, source: str, providers: Sequence[str], require: bool,
 def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tuple[str, ...]:
     """Check names, types and shapes of a session's inputs and outputs; return the names of the inputs."""
     b, s, length = len(metadata.bands), metadata.cutout_size, metadata.latent_size
+    # Shapes after the first axis, which is free; None stands for further free axes.
+    known: dict[str, tuple[int | None, ...]]
+    outputs: dict[str, tuple[int | None, ...]]
     if metadata.kind == "deblender":
         known = {
             "image": (b, s, s),
@@ -531,15 +539,23 @@ def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tupl
             "epsilon": (length,),
         }
         required = ("image",)
-        outputs: dict[str, tuple[int, ...]] = {
+        outputs = {
             "model": (b, s, s),
             "latent_mean": (length,),
             "latent_sigma": (length,),
         }
-    else:
+    elif metadata.kind == "decoder":
         known = {"latent": (length,)}
         required = ("latent",)
         outputs = {"model": (b, s, s)}
+    else:
+        known = {"latent": (length,), "psf_moments": (b, 3), "x": (), "y": ()}
+        required = tuple(known)
+        outputs = {
+            "image_jacobian": (b, length, None, None),
+            "parameters": (b, 6),
+            "parameter_jacobian": (b, 6, length),
+        }
     declared = {tensor.name: tensor for tensor in session.get_inputs()}
     found = {tensor.name: tensor for tensor in session.get_outputs()}
     unknown = sorted(set(declared) - set(known))
@@ -561,9 +577,10 @@ def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tupl
                 f"{source}: {tensor.name} should be tensor(float), the graph has {tensor.type}."
             )
         dims = tensor.shape
-        # A dimension without a number is free; the first one has to be.
-        same = len(dims) == len(shape) + 1 and not isinstance(dims[0], int)
-        same = same and all(d == e for d, e in zip(dims[1:], shape, strict=True) if isinstance(d, int))
+        # A dimension without a number is free.
+        expected = (None, *shape)
+        same = len(dims) == len(expected)
+        same = same and all(d == e for d, e in zip(dims, expected, strict=True) if isinstance(d, int))
         if not same:
             raise NetworkError(
                 f"{source}: {tensor.name} should have shape {['N', *shape]} by the metadata, "
@@ -624,16 +641,22 @@ class _Artefact:
         if batch_size < 1:
             raise ValueError(f"The batch size must be positive, not {batch_size}.")
         m = self.metadata
+        b, pixels = len(m.bands), tuple(len(feeds[k]) for k in ("y", "x") if k in feeds)
         shapes = {
-            "model": (len(m.bands), m.cutout_size, m.cutout_size),
+            "model": (b, m.cutout_size, m.cutout_size),
             "latent_mean": (m.latent_size,),
             "latent_sigma": (m.latent_size,),
+            "image_jacobian": (b, m.latent_size, *pixels),
+            "parameters": (b, 6),
+            "parameter_jacobian": (b, 6, m.latent_size),
         }
         results = [np.empty((n, *shapes[name]), np.float32) for name in outputs]
         for start in range(0, n, batch_size):
             stop = min(start + batch_size, n)
             try:
-                parts = self._session.run(list(outputs), {k: v[start:stop] for k, v in feeds.items()})
+                # The coordinates of pixels are common to all rows.
+                part = {k: v if k in ("x", "y") else v[start:stop] for k, v in feeds.items()}
+                parts = self._session.run(list(outputs), part)
             except Exception as err:  # onnxruntime raises many unrelated types
                 raise NetworkError(
                     f"{self.path}: onnxruntime failed on {stop - start} cutouts: {err}"
@@ -695,6 +718,90 @@ class Decoder(_Artefact):
         return self._run(["model"], {"latent": latent}, len(latent), batch_size)[0]
 
 
+class Jacobian(_Artefact):
+    """Derivatives of the decoder with respect to the latents.
+
+    Parameters
+    ----------
+    path : `pathlib.Path`
+        The file.
+    providers, require, threads
+        See `Network.load`.
+
+    Raises
+    ------
+    NetworkError
+        Raised if the file is not a sound Jacobian.
+    """
+
+    kind = "jacobian"
+
+    def images(
+        self, latent: ArrayLike, psf_moments: ArrayLike, width: int, batch_size: int = 1
+    ) -> NDArray[np.float32]:
+        """Differentiate observed images, seen through the Gaussian with the PSF's moments.
+
+        Parameters
+        ----------
+        latent : array_like, (N, L)
+            Latent vectors.
+        psf_moments : array_like, (N, B, 3)
+            Ixx, Iyy, Ixy of the PSF, pixel^2.
+        width : `int`
+            Width W of the square of pixels about the target's pixel, which has index W // 2 in it.
+        batch_size : `int`, optional
+            Latents that go through the graph at once; one by one stays in the processor's cache.
+
+        Returns
+        -------
+        jacobian : `numpy.ndarray`, (N, B, L, W, W)
+            Derivatives, nJy.
+
+        Raises
+        ------
+        NetworkError
+            Raised if onnxruntime fails.
+        """
+        feeds = self._feeds(latent, psf_moments, width)
+        return self._run(["image_jacobian"], feeds, len(feeds["latent"]), batch_size)[0]
+
+    def parameters(self, latent: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Give what a catalogue wants to know of the models, and its derivatives.
+
+        Parameters
+        ----------
+        latent : array_like, (N, L)
+            Latent vectors.
+
+        Returns
+        -------
+        parameters : `numpy.ndarray`, (N, B, 6)
+            Natural log of the flux in nJy, centroid (x, y) from the target's pixel, and intrinsic second
+            moments Ixx, Iyy, Ixy, pixel^2.
+        jacobian : `numpy.ndarray`, (N, B, 6, L)
+            Derivatives.
+
+        Raises
+        ------
+        NetworkError
+            Raised if onnxruntime fails.
+        """
+        latent = np.asarray(latent, np.float32)
+        moments = np.tile(np.float32([1, 1, 0]), (len(latent), len(self.metadata.bands), 1))
+        feeds = self._feeds(latent, moments, 1)
+        values, jacobian = self._run(["parameters", "parameter_jacobian"], feeds, len(latent), 128)
+        return values, jacobian
+
+    def _feeds(self, latent: ArrayLike, psf_moments: ArrayLike, width: int) -> dict[str, NDArray]:
+        line = np.arange(width, dtype=np.float32) - width // 2
+        return {
+            "latent": np.ascontiguousarray(latent, np.float32),
+            "psf_moments": np.ascontiguousarray(psf_moments, np.float32),
+            "x": line,
+            "y": line,
+        }
+
+
 class Network(_Artefact):
     """A deblender: cutouts of blends to models of the centred objects.
 
@@ -712,6 +819,7 @@ class Network(_Artefact):
 
     kind = "deblender"
     _decoder: Decoder | None = None
+    _jacobian: Jacobian | None = None
 
     @classmethod
     def load(
@@ -793,16 +901,30 @@ class Network(_Artefact):
     def decoder(self) -> Decoder:
         """The decoder that belongs to this network, from ``<stem>_decoder.onnx`` beside it (`Decoder`)."""
         if self._decoder is None:
-            path = self.path.with_name(f"{self.path.stem}_decoder.onnx")
+            path = self._companion("decoder")
             if not path.is_file():
                 raise NetworkError(f"{self.path}: its decoder {path} does not exist.")
-            decoder = Decoder(path, *self._arguments)
-            for key in ("name", "bands", "pixel_scale", "cutout_size", "latent_size", "frame", "centre"):
-                mine, other = getattr(self.metadata, key), getattr(decoder.metadata, key)
-                if mine != other:
-                    raise NetworkError(f"{path}: its {key} is {other!r}, that of {self.path} is {mine!r}.")
-            self._decoder = decoder
+            self._decoder = self._checked(Decoder(path, *self._arguments))
         return self._decoder
+
+    @property
+    def jacobian(self) -> Jacobian | None:
+        """The decoder's derivatives, from ``<stem>_jacobian.onnx`` beside the network; `None` without one."""
+        if self._jacobian is None and self._companion("jacobian").is_file():
+            self._jacobian = self._checked(Jacobian(self._companion("jacobian"), *self._arguments))
+        return self._jacobian
+
+    def _companion(self, kind: str) -> Path:
+        return self.path.with_name(f"{self.path.stem}_{kind}.onnx")
+
+    def _checked[Companion: _Artefact](self, companion: Companion) -> Companion:
+        for key in ("name", "bands", "pixel_scale", "cutout_size", "latent_size", "frame", "centre"):
+            mine, other = getattr(self.metadata, key), getattr(companion.metadata, key)
+            if mine != other:
+                raise NetworkError(
+                    f"{companion.path}: its {key} is {other!r}, that of {self.path} is {mine!r}."
+                )
+        return companion
 
     def deblend(
         self,

@@ -24,6 +24,7 @@ from ..network import Network, NetworkMetadata, embed_metadata
 from ..psf import gaussian_psf, moments_sigma
 from .blends import psf_stamp
 from .config import TrainingConfig
+from .derivatives import DecoderJacobian
 from .fit import SceneData, VaeModule, load_weights, reference_band
 from .galaxies import MODEL_SIGMA
 from .networks import Deblender
@@ -58,9 +59,10 @@ def _git_commit() -> str:
 
 
 def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs: list[str]) -> bytes:
-    """Serialize a module with a free batch size."""
-    batch = torch.export.Dim("N", min=1, max=65536)
-    shapes: tuple = tuple({0: batch} for _ in example)
+    """Serialize a module with a free batch size, and free numbers of pixels where it takes any."""
+    names = {"x": "W", "y": "H"}
+    free = {name: torch.export.Dim(name, min=1, max=65536) for name in ("N", *names.values())}
+    shapes: tuple = tuple({0: free[names.get(name, "N")]} for name in inputs)
     # A deblender takes its inputs as one variable argument.
     if isinstance(module, Deblender):
         shapes = (shapes,)
@@ -121,6 +123,13 @@ def _check_agreement(path: Path, module: torch.nn.Module, decoder: torch.nn.Modu
             (expected[2], found.latent_sigma),
             (drawn, network.decoder.render(expected[1].numpy())),
         ]
+        if network.jacobian is not None:
+            line = torch.arange(9.0) - 4
+            with torch.no_grad():
+                images, _, slopes = DecoderJacobian(decoder)(expected[1], moments, line, line)
+            latent = expected[1].numpy()
+            pairs.append((images, network.jacobian.images(latent, moments.numpy(), 9)))
+            pairs.append((slopes, network.jacobian.parameters(latent)[1]))
         for a, c in pairs:
             a, c = a.numpy().reshape(n, -1), np.asarray(c).reshape(n, -1)
             worst = max(worst, float((np.abs(a - c).max(axis=1) / np.abs(a).max(axis=1)).max()))
@@ -190,7 +199,7 @@ def export_network(
     step: str = "deblender",
     samples: int = 2048,
 ) -> Path:
-    """Write NAME.onnx, NAME_decoder.onnx and the card NAME.md.
+    """Write NAME.onnx, NAME_decoder.onnx, NAME_jacobian.onnx (sums of Gaussians only) and the card NAME.md.
 
     Parameters
     ----------
@@ -269,12 +278,19 @@ def export_network(
             ["model", "latent_mean", "latent_sigma"],
         )
         decoder_graph = _to_onnx(deblender.decoder, (torch.randn(3, length),), ["latent"], ["model"])
-    path, decoder_path = out / f"{name}.onnx", out / f"{name}_decoder.onnx"
+        graphs = {"deblender": graph, "decoder": decoder_graph}
+        if not module.convolutional:
+            line = torch.arange(8.0)
+            example = torch.randn(3, length), examples["psf_moments"], line, torch.arange(6.0)
+            jacobian = DecoderJacobian(deblender.decoder)
+            graphs["jacobian"] = _to_onnx(jacobian, example, list(jacobian.inputs), list(jacobian.outputs))
+    path = out / f"{name}.onnx"
 
     def write(merit: dict) -> NetworkMetadata:
         own = dataclasses.replace(metadata, figures_of_merit=merit)
-        path.write_bytes(embed_metadata(graph, own))
-        decoder_path.write_bytes(embed_metadata(decoder_graph, dataclasses.replace(own, kind="decoder")))
+        for kind, graph in graphs.items():
+            file = path if kind == "deblender" else out / f"{name}_{kind}.onnx"
+            file.write_bytes(embed_metadata(graph, dataclasses.replace(own, kind=kind)))
         return own
 
     write({})

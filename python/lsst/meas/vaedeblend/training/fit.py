@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SceneData", "VaeModule", "fit_step", "load_weights", "reference_band"]
+__all__ = ["SceneData", "VaeModule", "fit_step", "load_weights", "reference_band", "whiten"]
 
 import logging
 import math
@@ -72,6 +72,7 @@ class SceneData(lightning.LightningDataModule):
         super().__init__()
         self._config, self._directory, self._step, self._workers = config, Path(directory), step, workers
         self._fit: FitConfig = getattr(config, step)
+        self.seed = self._fit.seed
         self.survey = survey_of(config)
         for sample in ("train", "validation"):
             for bank in bank_paths(config, self.survey, self._directory, sample):
@@ -111,7 +112,7 @@ class SceneData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         # A resumed run must not see the same scenes again, nor two processes the same.
-        seed = [self._fit.seed, self.trainer.global_step, self.trainer.global_rank]
+        seed = [self.seed, self.trainer.global_step, self.trainer.global_rank]
         stream = _Stream(self.composer("train"), self._fit.batch_size, seed)
         prefetch = 4 if self._workers else None
         return DataLoader(stream, batch_size=None, num_workers=self._workers, prefetch_factor=prefetch)
@@ -249,6 +250,43 @@ def reference_band(config: TrainingConfig) -> int:
     return config.bands.index("r") if "r" in config.bands else len(config.bands) // 3
 
 
+@torch.no_grad()
+def whiten(module: VaeModule, scenes: SceneData, samples: int = 8192) -> None:
+    """Choose latent variables in which the galaxies have zero mean and unit covariance.
+
+    With a small weight of the divergence the posteriors of all galaxies together are far from the standard
+    normal distribution: some directions spread several times as far, others hardly at all. A prior that does
+    not know would tie down the former and let the latter loose when latent variables are fitted to pixels.
+    A linear change of variables, absorbed in the first and last layers, makes the standard normal prior
+    right to second order.
+
+    Parameters
+    ----------
+    module : `VaeModule`
+        A trained prior.
+    scenes : `SceneData`
+        Its isolated galaxies.
+    samples : `int`, optional
+        Number of galaxies from which mean and covariance are estimated.
+    """
+    module.eval()
+    batches = scenes.composer("train")(np.random.default_rng([scenes.seed, 11])).batches(256)
+    means, variance = [], 0.0
+    for _ in range(-(-samples // 256)):
+        batch = next(batches)
+        inputs = (batch.image, batch.valid.astype(np.float32), batch.noise, batch.psf_moments)
+        mean, sigma = module.encoder(*map(torch.from_numpy, inputs))
+        means.append(mean)
+        variance = variance + sigma.square().sum(0)
+    mean = torch.cat(means).double()
+    covariance = mean.T.cov() + torch.diag(variance.double() / len(mean))
+    values, vectors = torch.linalg.eigh(covariance)
+    # Directions without any spread would become noise of unit width.
+    matrix = (vectors * values.clamp(min=1e-4).sqrt()).float()
+    for network in (module.encoder, module.decoder):
+        network.transform_latents(matrix, mean.mean(0).float())
+
+
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Weights of a checkpoint; only tensors are read, nothing is unpickled beyond them."""
     return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
@@ -350,5 +388,7 @@ def fit_step(
     )
     # A checkpoint of this step is continued; only tensors and plain values are read from it.
     trainer.fit(module, scenes, ckpt_path=last if last.exists() else None, weights_only=True)
+    if step == "prior" and not module.convolutional:
+        whiten(module.cpu(), scenes)
     trainer.save_checkpoint(final)
     return final

@@ -165,6 +165,25 @@ class Encoder(nn.Module):
                 x = self.trunk(planes, pooled, condition)
         return self.head(x.float(), known)
 
+    @torch.no_grad()
+    def transform_latents(self, matrix: Tensor, offset: Tensor) -> None:
+        """Answer in other latent variables: z with ``matrix @ z + offset`` equal to the mean of before.
+
+        The widths of the new variables are those of independent old ones.
+
+        Parameters
+        ----------
+        matrix : `torch.Tensor`, (L, L)
+        offset : `torch.Tensor`, (L,)
+        """
+        inverse = torch.linalg.inv(matrix)
+        self.mean.bias.copy_(inverse @ (self.mean.bias - offset))
+        self.mean.weight.copy_(inverse @ self.mean.weight)
+        # A typical width is all that a layer of logarithms can take over.
+        width = torch.sqrt((inverse.square() * torch.exp(2 * self.log_sigma.bias)).sum(1))
+        self.log_sigma.bias.copy_(torch.log(width))
+        self.log_sigma.weight.zero_()
+
     def features(
         self, image: Tensor, valid: Tensor, noise: Tensor, psf_moments: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -229,6 +248,11 @@ class Decoder(nn.Module):
     config : `NetworkConfig`
     """
 
+    log_flux_offset = _LOG_FLUX_OFFSET
+    log_radius_offset = 0.7
+    free_reach = 4.0
+    """What the dense layers count from: natural log of a profile's radius, reach of free Gaussians, pixel."""
+
     def __init__(self, bands: int, size: int, config: NetworkConfig):
         super().__init__()
         self.bands, self.size = bands, size
@@ -263,12 +287,24 @@ class Decoder(nn.Module):
             bias = self.skip.bias[start:].view(parts, bands)
             bias[self.profiles :] = -4.0
         # Widths relative to the profile's radius: from a cusp to the wings of a de Vaucouleurs profile.
-        ladder = 0.12 * 1.85 ** torch.arange(self.rungs, dtype=torch.float32)
-        self.register_buffer("ladder", ladder.log(), False)
+        self.register_buffer("ladder", torch.linspace(math.log(0.12), math.log(4.8), self.rungs), False)
         line = torch.arange(size, dtype=torch.float32) - size // 2
         y, x = torch.meshgrid(line, line, indexing="ij")
         x, y = x.flatten(), y.flatten()
         self.register_buffer("basis", torch.stack([x * x, x * y, y * y, x, y, torch.ones_like(x)]), False)
+
+    @torch.no_grad()
+    def transform_latents(self, matrix: Tensor, offset: Tensor) -> None:
+        """Take other latent variables: what was drawn for ``matrix @ z + offset`` is now drawn for z.
+
+        Parameters
+        ----------
+        matrix : `torch.Tensor`, (L, L)
+        offset : `torch.Tensor`, (L,)
+        """
+        for layer in (self.skip, self.hidden[0]):
+            layer.bias += layer.weight @ offset
+            layer.weight.copy_(layer.weight @ matrix)
 
     def _numbers(self, latent: Tensor) -> dict[str, Tensor]:
         flat = self.skip(latent) + self.hidden(latent)
@@ -289,11 +325,11 @@ class Decoder(nn.Module):
         n = latent.shape[0]
         centre = p["centre"].view(n, 1, 2)
         # Profiles: one radius, one ellipse and one set of weights per profile.
-        log_radius = 0.7 + p["log_radius"].clamp(-4.0, 4.0)
+        log_radius = self.log_radius_offset + p["log_radius"].clamp(-4.0, 4.0)
         rung_log_sigma = (log_radius[:, :, None] + self.ladder).view(n, -1)
         rung_eta = p["eta"].view(n, self.profiles, 1, 2).expand(-1, -1, self.rungs, -1).reshape(n, -1, 2)
         rung_weight = torch.softmax(p["ladder"].view(n, self.profiles, self.rungs), dim=2)
-        free_centre = centre + 4.0 * p["free_centre"].view(n, self.free, 2)
+        free_centre = centre + self.free_reach * p["free_centre"].view(n, self.free, 2)
         log_sigma = torch.cat([rung_log_sigma, p["free_log_radius"].clamp(-4.0, 3.5)], dim=1)
         eta = torch.cat([rung_eta, p["free_eta"].view(n, self.free, 2)], dim=1)
         count = self.profiles * self.rungs
