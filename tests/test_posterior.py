@@ -59,6 +59,17 @@ def test_the_scatter_of_the_size_becomes_that_of_moments_and_fluxes(scene, sourc
         assert posterior.flux_err[i, b] == pytest.approx(expected, rel=0.15)
 
 
+def test_a_known_covariance_replaces_the_widths(scene, sources, network):
+    sigma = 0.2
+    covariance = np.zeros_like(sources.latent_covariance)
+    covariance[:, VARIANCE, VARIANCE] = sigma**2
+    refined = dataclasses.replace(with_sigma(sources, VARIANCE, 9.0), latent_covariance=covariance)
+    posterior = sample_posterior(refined, network, scene.psf, n_samples=400)
+    np.testing.assert_allclose(posterior.shape_err[:, :2], sigma, rtol=0.15)
+    # Errors of fluxes that were fitted with the shape have it in them already.
+    np.testing.assert_array_equal(posterior.flux_err, sources.flux_err)
+
+
 def test_draws_depend_on_nothing_but_the_source(scene, sources, network):
     wide = with_sigma(sources, VARIANCE, 0.3)
     both = sample_posterior(wide, network, scene.psf)

@@ -32,10 +32,9 @@ class Posterior:
     shape_band : `str`
         Band of the shapes.
     flux : `numpy.ndarray`, (N, B)
-        Fluxes solved for jointly with the neighbours, nJy.
+        Fluxes fitted jointly with the neighbours, nJy.
     flux_err : `numpy.ndarray`, (N, B)
-        Standard deviations, nJy: of the solution at given shapes and, in quadrature, that which the
-        uncertainty of the shape adds.
+        Standard deviations over data and posterior, nJy.
     shape, shape_err : `numpy.ndarray`, (N, 3)
         Adaptive second moments Ixx, Iyy, Ixy of the model in the network's frame, pixel^2, and standard
         deviations over the posterior.
@@ -54,11 +53,13 @@ def sample_posterior(
 ) -> Posterior:
     """Propagate the posterior over the latents to fluxes and shapes.
 
-    Latents are drawn from the approximate posterior, a normal distribution with diagonal covariance (Arcelin
-    et al. 2021, section 3), and decoded. The flux of a draw is that which its shape, as observed, would have
-    by least squares if the source looked exactly as its model does: the scatter of these fluxes is what not
-    knowing the shape costs. All sources share the same standard normal draws, in pairs of opposite sign, so
-    that the result is the same in every run and does not depend on which other sources there are.
+    Latents are drawn from their posterior and decoded: where they were refined on the pixels, from the normal
+    distribution with the covariance of the fit, whose errors of fluxes are taken as they are; elsewhere from
+    the encoder's, which is diagonal (Arcelin et al. 2021, section 3). There the flux of a draw is that which
+    its shape, as observed, would have by least squares if the source looked exactly as its model does, and
+    the scatter of these fluxes, which is what not knowing the shape costs, is added to the errors at given
+    shapes. All sources share the same standard normal draws, in pairs of opposite sign, so that the result is
+    the same in every run and does not depend on which other sources there are.
 
     Parameters
     ----------
@@ -69,8 +70,8 @@ def sample_posterior(
     psf : `lsst.meas.vaedeblend.scene.PsfGrid`
         PSFs of the scene in the network's bands.
     n_samples : `int`, optional
-        Draws per source, an even number; with 0 there are no errors of shapes, and those of the fluxes hold
-        for given shapes.
+        Draws per source, an even number; with 0 there are no errors of shapes, and those of fluxes are the
+        sources' own.
     band : `str`, optional
         Band of the shapes, by default that of `lsst.meas.vaedeblend.catalog.reference_band`.
 
@@ -104,6 +105,7 @@ def sample_posterior(
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
             scatter, shape_err[part] = _scatter(models, network, renderer, part, draws, b)
+            scatter[np.isfinite(models.latent_covariance[part]).all(axis=(1, 2))] = 0.0
             flux_err[part] = np.hypot(flux_err[part], np.nan_to_num(scatter))
     return Posterior(models.bands, band, models.flux.copy(), flux_err, shape, shape_err)
 
@@ -114,6 +116,11 @@ def _scatter(
     """Scatter of the fluxes, (K, B) nJy, and scatter of the moments, (K, 3), over draws (D, L)."""
     k, d = len(rows), len(draws)
     latent = models.latent_mean[rows, None] + models.latent_sigma[rows, None] * draws
+    for i, row in enumerate(rows):
+        if np.isfinite(models.latent_covariance[row]).all():
+            # Rounding may leave an eigenvalue below zero.
+            values, vectors = np.linalg.eigh(models.latent_covariance[row].astype(float))
+            latent[i] = models.latent_mean[row] + draws @ (vectors * np.sqrt(np.maximum(values, 0.0))).T
     shapes, _, sound = unit_shapes(network.decoder.render(latent.reshape(k * d, -1)))
     moments = adaptive_moments(shapes[:, band])
     observed = renderer.observed(shapes, np.repeat(models.psf_index[rows], d))

@@ -74,8 +74,8 @@ class VaeMultibandDeblendConfig(DeblendTaskConfig, LimitsConfig):
     )
     posteriorSamples = RangeField[int](
         doc=(
-            "Draws from the posterior of each object, an even number, for the errors of fluxes and shapes in "
-            "the object catalogue. With 0 shapes have no errors, and those of fluxes hold for given shapes."
+            "Draws from the posterior of each object, an even number, for the errors of shapes in the object "
+            "catalogue and, where latents were not refined on the pixels, of fluxes. With 0 shapes have none."
         ),
         default=8,
         min=0,
