@@ -845,8 +845,8 @@ def models_to_scarlet(
     tolerance : `float`, optional
         Error of a pixel, and of the flux in a circle, over the flux of its band, see `factorize`; the total
         flux is exact. Where the standard deviation of the flux is larger, circles may be off by a fifth of
-        it, but by no more than twenty times the tolerance, and pixels by a twentieth of it, but by no more
-        than five times the tolerance.
+        it, but by no more than a hundred times the tolerance, and pixels by a twentieth of it, but by no more
+        than twenty times the tolerance.
 
     Returns
     -------
@@ -869,8 +869,8 @@ def models_to_scarlet(
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = models.flux_err / models.flux
     relative = np.where(relative >= 0, relative, np.inf)
-    circle = np.clip(0.2 * relative, tolerance, 20.0 * tolerance)
-    pixel = np.clip(0.05 * relative, tolerance, 5.0 * tolerance)
+    circle = np.clip(0.2 * relative, tolerance, 100.0 * tolerance)
+    pixel = np.clip(0.05 * relative, tolerance, 20.0 * tolerance)
     out = isolated_to_scarlet(models.bands, psf, isolated, models.origin, model_sigma=model_sigma)
     known = {int(parent.id): parent for parent in parents}
     blends: dict[int, ScarletBlend] = {}
