@@ -1,9 +1,11 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-# Both commands set up what they need on a fresh machine, in a virtual environment of their own:
+# The first two commands set up what they need on a fresh machine, in a virtual environment of their own:
 #   make demo    simulate a patch, deblend it under pipetask, draw it
 #   make test    lint and run every test that needs no LSST stack
+# The third runs in an LSST stack that has been set up, or that sourcing STACK_ENV sets up:
+#   make stack-test    run the tests that need it
 
 PYTHON ?= python3.12
 VENV ?= .venv
@@ -12,7 +14,7 @@ DEMO ?= demo
 # Many small arrays: threads of one process would only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test clean
+.PHONY: demo test stack-test clean
 
 demo: $(VENV)/.runtime
 	$(VENV)/bin/vaedeblend demo --overwrite $(DEMO)
@@ -20,6 +22,11 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.test
 	$(VENV)/bin/ruff check python tests config benchmarks
 	$(VENV)/bin/python -m pytest -n 2 -m "not stack"
+
+STACK_ENV ?= /dev/null
+
+stack-test:
+	. $(STACK_ENV) && PYTHONPATH=$(CURDIR)/python:$$PYTHONPATH python -m pytest -m stack tests/stack
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

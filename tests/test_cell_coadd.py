@@ -112,6 +112,12 @@ def test_bad_planes_and_edges(repository):
         scene_from_cell_coadds(coadds, bad_planes=["SATTURATED"])
 
 
+def test_without_a_detection_plane_there_are_no_parents(repository):
+    coadds = make_coadds(repository, planes={"DETECTED": np.ones(SHAPE, bool)})
+    assert len(scene_from_cell_coadds(coadds).parents) == 1
+    assert scene_from_cell_coadds(coadds, detected_plane=None).parents == []
+
+
 def test_units_are_converted(repository):
     scene = scene_from_cell_coadds(make_coadds(repository, unit=u.uJy))
     reference = scene_from_cell_coadds(make_coadds(repository))

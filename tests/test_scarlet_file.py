@@ -20,6 +20,7 @@ from lsst.meas.vaedeblend.adapters.scarlet_file import (
     ScarletFileError,
     ScarletModels,
     factorize,
+    isolated_to_scarlet,
     models_to_scarlet,
     read,
     render,
@@ -281,8 +282,9 @@ def test_sources_render_as_the_network_made_them(deblended, ours):
         assert {c.peak for c in source.components} == {[(3040, 9950), (3044, 9958)][i]}
         found = on_cutout(models, i, *render(read_back, source))
         np.testing.assert_allclose(found.sum(axis=(1, 2)), flux, rtol=1e-6)
-        assert (np.abs(found - model).max(axis=(1, 2)) <= 1.001e-3 * flux).all()
-        allowed = np.clip(0.1 * models.flux_err[i] / flux, 1e-3, 1e-2)
+        allowed = np.clip(0.05 * models.flux_err[i] / flux, 1e-3, 2e-2)
+        assert (np.abs(found - model).max(axis=(1, 2)) <= 1.001 * allowed * flux).all()
+        allowed = np.clip(0.2 * models.flux_err[i] / flux, 1e-3, 0.1)
         assert (circle_errors(found, model, flux) <= 1.2 * allowed).all()
     empty = sources[13].components
     assert [c.image().shape for c in empty] == [(3, 1, 1)]
@@ -298,6 +300,17 @@ def test_isolated_sources_keep_their_footprints(deblended, ours):
     blended = ours.parents[1]
     assert blended.origin == (3030, 9940)
     np.testing.assert_array_equal(blended.footprint, deblended[1][0].footprint)
+
+
+def test_a_patch_without_blends_has_a_file_too(deblended, ours):
+    models, parents, psf = deblended
+    alone = isolated_to_scarlet(models.bands, psf, parents[1:], models.origin)
+    stored = read(io.BytesIO(to_bytes(alone)))
+    assert not stored.parents and stored.bands == models.bands
+    assert_same(stored.isolated, ours.isolated)
+    with pytest.raises(ValueError, match="no peak"):
+        peakless = Parent(9, 0, 0, np.ones((3, 3), bool))
+        isolated_to_scarlet(models.bands, psf, [peakless], models.origin)
 
 
 def test_factors_meet_their_tolerances_and_fewer_suffice_for_less():

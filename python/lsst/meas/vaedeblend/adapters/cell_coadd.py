@@ -24,7 +24,7 @@ def scene_from_cell_coadds(
     bands: Sequence[str] | None = None,
     *,
     bad_planes: Sequence[str] = ("NO_DATA", "SATURATED"),
-    detected_plane: str = "DETECTED",
+    detected_plane: str | None = "DETECTED",
     edge_plane: str = "DETECTION_EDGE",
     peaks: Table | None = None,
 ) -> Scene:
@@ -45,7 +45,7 @@ def scene_from_cell_coadds(
         Mask planes whose pixels may not be used.
     detected_plane, edge_plane : `str`, optional
         Mask planes of detected pixels, and of pixels that detection could not reach; the latter may be
-        absent.
+        absent. Without the name of the former the scene has no parents but those of given peaks.
     peaks : `astropy.table.Table`, optional
         Columns ``x`` and ``y`` (tract pixel) and optionally ``parent``, see `parents_from_peaks`. Without it
         the parents have no peaks and the deblender finds them.
@@ -73,7 +73,7 @@ def scene_from_cell_coadds(
         if (coadd.skymap, coadd.tract) != (first.skymap, first.tract):
             raise ValueError(f"Band {band} is of tract {coadd.tract}, the others of {first.tract}.")
         for plane in (*bad_planes, detected_plane):
-            if plane not in coadd.mask.schema.names:
+            if plane is not None and plane not in coadd.mask.schema.names:
                 raise ValueError(
                     f"The coadd of band {band} has no mask plane {plane}; it has "
                     f"{', '.join(coadd.mask.schema.names)}."
@@ -104,7 +104,8 @@ def scene_from_cell_coadds(
         for plane in bad_planes:
             bad |= coadd.mask.get(plane)
         valid[b][part] = ~bad
-        detected[part] |= coadd.mask.get(detected_plane)
+        if detected_plane is not None:
+            detected[part] |= coadd.mask.get(detected_plane)
         if edge_plane in coadd.mask.schema.names:
             edge[part] |= coadd.mask.get(edge_plane)
 

@@ -25,6 +25,7 @@ __all__ = [
     "ScarletParent",
     "ScarletSource",
     "factorize",
+    "isolated_to_scarlet",
     "models_to_scarlet",
     "read",
     "render",
@@ -768,6 +769,51 @@ def _plain(values: ArrayLike, dtype: type = np.float32) -> list[int | float]:
 # Models.
 
 
+def isolated_to_scarlet(
+    bands: Sequence[str],
+    psf: ArrayLike,
+    isolated: Sequence[Parent],
+    origin: tuple[int, int],
+    *,
+    model_sigma: float = 0.8,
+) -> ScarletModels:
+    """Make scarlet models of a patch where nothing was deblended.
+
+    Parameters
+    ----------
+    bands : sequence of `str`
+        Bands.
+    psf : array_like, (B, h, w)
+        Observed PSF of the patch in each band.
+    isolated : sequence of `lsst.meas.vaedeblend.scene.Parent`
+        The isolated sources, with their first peak.
+    origin : `tuple` [`int`]
+        Tract pixel (y, x) of the scene's pixel [0, 0].
+    model_sigma : `float`, optional
+        Standard deviation of the model frame's Gaussian before the integration over pixels, pixel.
+
+    Returns
+    -------
+    scarlet : `ScarletModels`
+        The models.
+
+    Raises
+    ------
+    ValueError
+        Raised if an isolated source has no peak.
+    """
+    y0, x0 = origin
+    model_psf = gaussian_psf(model_sigma, _MODEL_PSF_SIZE).astype(np.float32)
+    out = ScarletModels(tuple(bands), model_psf, np.asarray(psf, np.float32))
+    for parent in isolated:
+        if not len(parent.peaks):
+            raise ValueError(f"The isolated source {parent.id} has no peak.")
+        peak = (float(np.rint(parent.peaks[0, 1])) + y0, float(np.rint(parent.peaks[0, 0])) + x0)
+        corner = (int(parent.y0 + y0), int(parent.x0 + x0))
+        out.isolated[int(parent.id)] = IsolatedSource(corner, peak, parent.footprint)
+    return out
+
+
 def models_to_scarlet(
     models: SourceModels,
     psf: ArrayLike,
@@ -797,8 +843,10 @@ def models_to_scarlet(
     model_sigma : `float`, optional
         Standard deviation of the model frame's Gaussian before the integration over pixels, pixel.
     tolerance : `float`, optional
-        Error of a pixel over the flux of its band, see `factorize`. Circles may be off by as much, or by a
-        tenth of the flux's standard deviation if that is more, but by no more than ten times the tolerance.
+        Error of a pixel, and of the flux in a circle, over the flux of its band, see `factorize`; the total
+        flux is exact. Where the standard deviation of the flux is larger, circles may be off by a fifth of
+        it, but by no more than a hundred times the tolerance, and pixels by a twentieth of it, but by no more
+        than twenty times the tolerance.
 
     Returns
     -------
@@ -819,16 +867,11 @@ def models_to_scarlet(
         raise ValueError(f"{len(peak_ids)} peaks for {len(models)} sources.")
     # Most sources of a patch are faint: what lies far below their noise would only make the file large.
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = 0.1 * models.flux_err / models.flux
+        relative = models.flux_err / models.flux
     relative = np.where(relative >= 0, relative, np.inf)
-    circle = np.clip(relative, tolerance, 10.0 * tolerance)
-    out = ScarletModels(models.bands, gaussian_psf(model_sigma, _MODEL_PSF_SIZE).astype(np.float32), psf)
-    for parent in isolated:
-        if not len(parent.peaks):
-            raise ValueError(f"The isolated source {parent.id} has no peak.")
-        peak = (float(np.rint(parent.peaks[0, 1])) + y0, float(np.rint(parent.peaks[0, 0])) + x0)
-        origin = (int(parent.y0 + y0), int(parent.x0 + x0))
-        out.isolated[int(parent.id)] = IsolatedSource(origin, peak, parent.footprint)
+    circle = np.clip(0.2 * relative, tolerance, 100.0 * tolerance)
+    pixel = np.clip(0.05 * relative, tolerance, 20.0 * tolerance)
+    out = isolated_to_scarlet(models.bands, psf, isolated, models.origin, model_sigma=model_sigma)
     known = {int(parent.id): parent for parent in parents}
     blends: dict[int, ScarletBlend] = {}
     for i, (number, parent_id) in enumerate(zip(models.id.tolist(), models.parent.tolist(), strict=True)):
@@ -850,7 +893,7 @@ def models_to_scarlet(
         corner = (int(models.corner_y[i]) + y0, int(models.corner_x[i]) + x0)
         components = [
             FactorizedComponent((corner[0] + y, corner[1] + x), peak, spectrum, morph)
-            for spectrum, morph, (y, x) in factorize(models.model_frame[i], tolerance, circle[i])
+            for spectrum, morph, (y, x) in factorize(models.model_frame[i], pixel[i], circle[i])
         ]
         if not components:
             nothing = np.zeros(len(models.bands), np.float32)
@@ -862,7 +905,7 @@ def models_to_scarlet(
 
 
 def factorize(
-    model: ArrayLike, tolerance: float = 1e-3, circle_tolerance: ArrayLike | None = None
+    model: ArrayLike, tolerance: ArrayLike = 1e-3, circle_tolerance: ArrayLike | None = None
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32], tuple[int, int]]]:
     """Write a model as a sum of a few products of a spectrum and an image.
 
@@ -881,7 +924,7 @@ def factorize(
     model : array_like, (B, S, S)
         Image of one source in each band, nJy. A band whose sum is not above a tenth of the sum of its
         absolute values, as that of noise, counts as empty.
-    tolerance : `float`, optional
+    tolerance : array_like, (B,), optional
         Error of a pixel over the band's flux.
     circle_tolerance : array_like, (B,), optional
         Error of the flux in circles over the band's flux; by default ``tolerance``.
@@ -898,10 +941,11 @@ def factorize(
         Raised if the model is not finite, or a tolerance not positive.
     """
     model = np.asarray(model, np.float64)
-    circle = np.broadcast_to(tolerance if circle_tolerance is None else circle_tolerance, len(model))
+    tolerance = np.broadcast_to(tolerance, len(model))
+    circle = tolerance if circle_tolerance is None else np.broadcast_to(circle_tolerance, len(model))
     if not np.isfinite(model).all():
         raise ValueError("The model is not finite.")
-    if not (tolerance > 0 and (circle > 0).all()):
+    if not ((tolerance > 0).all() and (circle > 0).all()):
         raise ValueError(f"Tolerances should be positive, not {tolerance} and {circle}.")
     flux = model.sum(axis=(1, 2))
     bright = flux > 0.1 * np.abs(model).sum(axis=(1, 2))
@@ -909,7 +953,7 @@ def factorize(
         return []
     # From here on the unit of each band is its tolerance, and that of pixels the ratio of the two.
     unit = (circle * flux)[bright]
-    pixel = tolerance / circle[bright, None]
+    pixel = (tolerance / circle)[bright, None]
     shapes = model[bright] / unit[:, None, None]
     # What is cut off counts against the tolerance, and something has to be left for the other errors.
     y1, y2, x1, x2 = _trim(shapes, 0.5)

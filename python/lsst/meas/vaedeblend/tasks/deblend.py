@@ -12,17 +12,14 @@ __all__ = [
     "VaeDeblendTask",
 ]
 
-import functools
 import logging
-import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lsst.pipe.base.connectionTypes as cT
 import numpy as np
-from lsst.pex.config import ConfigField, Field, FieldValidationError, ListField, RangeField
+from lsst.pex.config import Field, FieldValidationError, ListField
 from lsst.pipe.base import (
-    AlgorithmError,
     AnnotatedPartialOutputsError,
     NoWorkFound,
     PipelineTask,
@@ -33,9 +30,17 @@ from lsst.pipe.base import (
 from lsst.utils.timer import timeMethod
 
 from ..adapters.cell_coadd import masked_image, scene_from_cell_coadds
-from ..catalog import SOURCE_FLAGS, models_table, object_table, parent_table
-from ..deblender import DeblendConfig, deblend
-from ..network import Network, NetworkError, NetworkMetadata, load_network, read_metadata, resolve
+from ..catalog import models_table, object_table, parent_table
+from ..network import Network, NetworkError
+from .common import (
+    DeblendTaskConfig,
+    NoFiniteModelError,
+    check_bands,
+    configured_network,
+    network_metadata,
+    record_run,
+    run_procedure,
+)
 from .identifiers import PatchIds
 
 if TYPE_CHECKING:
@@ -46,26 +51,6 @@ if TYPE_CHECKING:
     from lsst.pipe.base.connectionTypes import BaseInput, Output
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.tasks.deblend")
-
-
-class NoFiniteModelError(AlgorithmError):
-    """The network gave no usable model for any object of a patch.
-
-    Parameters
-    ----------
-    network : `str`
-        Name of the network.
-    n_objects : `int`
-        Number of objects.
-    """
-
-    def __init__(self, network: str, n_objects: int) -> None:
-        self.network, self.n_objects = network, n_objects
-        super().__init__(f"Network {network} gave no finite model for any of the {n_objects} objects.")
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return {"network": self.network, "n_objects": self.n_objects}
 
 
 class VaeDeblendConnections(
@@ -140,12 +125,12 @@ class VaeDeblendConnections(
     ]:
         # Docstring inherited. The bands are the network's: others are not read, and without all of them there
         # is no work, which is better known when the graph is built than when it runs.
-        bands = _metadata(self.config.network).bands
+        bands = network_metadata(self.config.network).bands
         connection, refs = inputs["coadds"]
         kept = [ref for ref in refs if ref.dataId["band"] in bands]
         present = {ref.dataId["band"] for ref in kept}
         try:
-            _check_bands(present, bands, self.config.allowMissingBands, f"{label} at {data_id}")
+            check_bands(present, bands, self.config.allowMissingBands, f"{label} at {data_id}")
         except NoWorkFound as reason:
             # The graph builder counts the quanta that it drops, but does not say why.
             _LOG.info("%s", reason)
@@ -162,58 +147,17 @@ class VaeDeblendConnections(
         return adjusted_inputs, adjusted_outputs
 
 
-class VaeDeblendConfig(PipelineTaskConfig, pipelineConnections=VaeDeblendConnections):
+class VaeDeblendConfig(PipelineTaskConfig, DeblendTaskConfig, pipelineConnections=VaeDeblendConnections):
     """Configuration of `VaeDeblendTask`."""
 
-    network = Field[str](
-        doc=(
-            "Name of a network that ships with the package, or the path of an ONNX file (environment "
-            "variables are expanded). Its metadata define the bands."
-        ),
-        default="lsst_ugrizy",
-    )
-    executionProviders = ListField[str](
-        doc="Execution providers of onnxruntime in order of preference; the CPU is always the last resort.",
-        default=["CPUExecutionProvider"],
-        minLength=1,
-    )
-    requireProvider = Field[bool](
-        doc="Fail when the first execution provider is not available, instead of using the next.",
-        default=False,
-    )
-    threads = RangeField[int](
-        doc="Threads of onnxruntime; 0 leaves the number to it.", default=1, min=0, inclusiveMin=True
-    )
-    allowMissingBands = Field[bool](
-        doc=(
-            "Deblend patches that lack coadds in some bands of the network; the objects are flagged and "
-            "have no flux there. Otherwise there is no work to do for such patches."
-        ),
-        default=False,
-    )
-    allowOtherPixelScale = Field[bool](
-        doc="Deblend coadds whose pixel scale is not the network's; sizes come out wrong by the ratio.",
-        default=False,
-    )
     badMaskPlanes = ListField[str](
         doc="Mask planes whose pixels are not used.", default=["NO_DATA", "SATURATED"]
     )
     usePeaks = Field[bool](doc="Start from a table of peaks, instead of finding them.", default=False)
     doWriteResidual = Field[bool](doc="Write the residual images.", default=False)
-    deblend = ConfigField[DeblendConfig](doc="The iterative procedure.")
 
     def validate(self) -> None:
         super().validate()
-        if not self.network.strip():
-            raise FieldValidationError(self.__class__.network, self, "A network must be named.")
-        for provider in self.executionProviders:
-            if not provider.endswith("ExecutionProvider"):
-                raise FieldValidationError(
-                    self.__class__.executionProviders,
-                    self,
-                    f"{provider!r} is no execution provider; they are called CPUExecutionProvider, "
-                    "CUDAExecutionProvider and so on.",
-                )
         if "DETECTED" in self.badMaskPlanes:
             raise FieldValidationError(
                 self.__class__.badMaskPlanes, self, "Without the DETECTED pixels nothing is left to deblend."
@@ -249,7 +193,7 @@ class VaeDeblendTask(PipelineTask):
         refs = {ref.dataId["band"]: ref for ref in inputRefs.coadds}
         bands = network.metadata.bands
         data_id = butlerQC.quantum.dataId
-        _check_bands(set(refs), bands, self.config.allowMissingBands, str(data_id))
+        check_bands(set(refs), bands, self.config.allowMissingBands, str(data_id))
         coadds = {band: butlerQC.get(refs[band]) for band in bands if band in refs}
         peaks = butlerQC.get(inputRefs.peaks) if self.config.usePeaks else None
 
@@ -279,12 +223,7 @@ class VaeDeblendTask(PipelineTask):
         NetworkError
             Raised when the file cannot be used, or a required execution provider is not available.
         """
-        return load_network(
-            self.config.network,
-            providers=tuple(self.config.executionProviders),
-            require=self.config.requireProvider,
-            threads=self.config.threads,
-        )
+        return configured_network(self.config)
 
     @timeMethod
     def run(self, coadds: Mapping[str, CellCoadd], ids: PatchIds, peaks: Table | None = None) -> Struct:
@@ -323,29 +262,18 @@ class VaeDeblendTask(PipelineTask):
             raise NetworkError(
                 f"Network {network.metadata.name} has bands {list(bands)}; there are coadds in {others} too."
             )
-        _check_bands(
+        check_bands(
             set(coadds), bands, self.config.allowMissingBands, f"patch {ids.patch} of tract {ids.tract}"
         )
         scene = scene_from_cell_coadds(
             coadds, bands, bad_planes=tuple(self.config.badMaskPlanes), peaks=peaks
         )
-        try:
-            network.check(scene.bands, scene.pixel_scale)
-        except NetworkError as error:
-            if not (self.config.allowOtherPixelScale or self.config.deblend.allow_other_pixel_scale):
-                raise
-            self.log.warning("Going on as configured: %s", error)
         if not scene.parents:
             raise NoWorkFound(
                 f"No DETECTED pixel in patch {ids.patch} of tract {ids.tract}, and no peak given."
             )
 
-        # The two exceptions are the task's to grant, and have been checked above.
-        procedure = DeblendConfig()
-        procedure.update(**self.config.deblend.toDict())
-        procedure.allow_missing_bands |= self.config.allowMissingBands
-        procedure.allow_other_pixel_scale |= self.config.allowOtherPixelScale
-        result = deblend(scene, network, procedure)
+        result = run_procedure(scene, network, self.config, self.log)
         self._identify(result, ids)
         projection = next(iter(coadds.values())).sky_projection
 
@@ -355,13 +283,7 @@ class VaeDeblendTask(PipelineTask):
 
         n_parents, n_objects = len(result.parents), len(result.sources)
         not_finite = int(result.sources.flags["not_finite"].sum())
-        self.metadata["network"] = network.metadata.name
-        self.metadata["network_sha256"] = network.metadata.weights_sha256
-        self.metadata["execution_provider"] = network.provider
-        self.metadata["n_parents"] = n_parents
-        self.metadata["n_objects"] = n_objects
-        for flag in SOURCE_FLAGS:
-            self.metadata[f"n_flag_{flag}"] = int(result.sources.flags[flag].sum())
+        record_run(self.metadata, network, result)
         self.log.info(
             "Deblended %d parents into %d objects in %s with network %s on %s.",
             n_parents,
@@ -393,25 +315,3 @@ class VaeDeblendTask(PipelineTask):
         sources.parent = np.array([lookup[parent] for parent in sources.parent.tolist()], np.int64)
         sources.id = ids.objects(len(sources))
         parents.id = numbers
-
-
-@functools.lru_cache(maxsize=8)
-def _metadata_of(path: str, mtime_ns: int, size: int) -> NetworkMetadata:
-    """Read metadata once per state of the file: quantum adjustment asks for them for every patch."""
-    return read_metadata(path)
-
-
-def _metadata(name_or_path: str) -> NetworkMetadata:
-    """Return the metadata of a network."""
-    path = resolve(name_or_path)
-    status = os.stat(path)
-    return _metadata_of(str(path), status.st_mtime_ns, status.st_size)
-
-
-def _check_bands(present: Collection[str], bands: Collection[str], allow_missing: bool, where: str) -> None:
-    """Raise `NoWorkFound` when a band that is needed has no coadd."""
-    missing = [band for band in bands if band not in present]
-    if missing and (not allow_missing or len(missing) == len(bands)):
-        raise NoWorkFound(
-            f"No coadd in band {', '.join(missing)} for {where}: the network needs {''.join(bands)}."
-        )
