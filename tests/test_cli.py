@@ -82,6 +82,15 @@ def test_the_runtime_never_imports_torch_or_afw():
     assert process.stdout.strip() == "[]"
 
 
+def test_settings_of_the_procedure(runner, network_path, tmp_path):
+    options = ["--network", str(network_path), "-c"]
+    command = ["evaluate", "fields", str(tmp_path), str(tmp_path / "out"), *options]
+    result = runner.invoke(main, [*command, "no_such=1"])
+    assert result.exit_code == 1 and "'no_such'" in result.output and "refinement_steps" in result.output
+    result = runner.invoke(main, [*command, "refinement_steps=-1"])
+    assert result.exit_code == 1 and "refinement_steps" in result.output
+
+
 def test_evaluate_fields(runner, network_path, tmp_path):
     write_field(tmp_path / "field_00.npz", X, Y, FLUX)
     out = tmp_path / "out"

@@ -193,12 +193,27 @@ def evaluate() -> None:
 @click.option("--detect", is_flag=True, help="Find the peaks, instead of starting from the true centres.")
 @click.option("--network", default="lsst_ugrizy", show_default=True, help="Name or path of the network.")
 @click.option("--threads", default=1, show_default=True, help="Threads of onnxruntime; 0: all.")
-def fields(directory: Path, out: Path, detect: bool, network: str, threads: int) -> None:
+@click.option("-c", "--config", multiple=True, help="Setting of the procedure, as in -c refinement_steps=0.")
+def fields(
+    directory: Path, out: Path, detect: bool, network: str, threads: int, config: tuple[str, ...]
+) -> None:
     """Deblend the field files of DIRECTORY and write each object's image to OUT."""
+    import ast
+
+    from .deblender import DeblendConfig
     from .evaluation.fields import evaluate_fields
 
     with _failures():
-        summary = evaluate_fields(directory, out, network=network, detect=detect, threads=threads)
+        settings = DeblendConfig()
+        for item in config:
+            name, _, value = item.partition("=")
+            if name not in settings.keys():
+                raise ValueError(f"There is no setting {name!r}; there are {', '.join(settings.keys())}.")
+            settings.update(**{name: ast.literal_eval(value)})
+        settings.validate()
+        summary = evaluate_fields(
+            directory, out, network=network, detect=detect, threads=threads, config=settings
+        )
     _echo(summary, skip="fields")
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..adapters.footprints import parents_from_peaks
 from ..catalog import reference_band
-from ..deblender import deblend
+from ..deblender import DeblendConfig, deblend
 from ..models import SourceModels
 from ..network import Network, load_network
 from ..scene import PsfGrid, Scene, find_parents
@@ -119,6 +119,7 @@ def evaluate_fields(
     network: str = "lsst_ugrizy",
     detect: bool = False,
     threads: int = 1,
+    config: DeblendConfig | None = None,
 ) -> dict[str, Any]:
     """Deblend all ``field_*.npz`` of a directory.
 
@@ -136,6 +137,8 @@ def evaluate_fields(
         Let the deblender find the peaks, and match them with the true centres within `MATCH_RADIUS`.
     threads : `int`, optional
         Threads of onnxruntime.
+    config : `lsst.meas.vaedeblend.deblender.DeblendConfig`, optional
+        Configuration of the procedure.
 
     Returns
     -------
@@ -166,7 +169,7 @@ def evaluate_fields(
     for path in files:
         field = FieldFile.read(path)
         loaded.check(bands=field.bands)
-        model, row = _evaluate_field(field, loaded, detect)
+        model, row = _evaluate_field(field, loaded, detect, config)
         np.savez_compressed(out_dir / path.name, model=model, seconds=np.float64(row["seconds"]))
         fields.append({"field": path.name, **row})
         _LOG.info(
@@ -204,12 +207,12 @@ def evaluate_fields(
 
 
 def _evaluate_field(
-    field: FieldFile, network: Network, detect: bool
+    field: FieldFile, network: Network, detect: bool, config: DeblendConfig | None
 ) -> tuple[NDArray[np.float32], dict[str, Any]]:
     """Deblend one field: its objects' images on the truth's stamps, and what the summary counts."""
     scene = field.scene(network.metadata.pixel_scale, detect)
     start = time.perf_counter()
-    sources = deblend(scene, network).sources
+    sources = deblend(scene, network, config).sources
     seconds = time.perf_counter() - start
 
     truth_xy = np.column_stack([field.x, field.y])

@@ -46,6 +46,7 @@ def evaluate_injection(
     *,
     network: str = "hsc_grizy",
     per_blend: int = 3,
+    patches: int = 3,
     seed: int = 1,
 ) -> dict[str, Any]:
     """Inject galaxies beside the real ones of HSC blends, one at a time, and measure them.
@@ -62,6 +63,8 @@ def evaluate_injection(
         Name or path of the network.
     per_blend : `int`, optional
         Galaxies for each blend, each in a copy of its own.
+    patches : `int`, optional
+        Simulated patches of 120 galaxies.
     seed : `int`, optional
         Seed of galaxies and positions.
 
@@ -95,7 +98,7 @@ def evaluate_injection(
             if row is not None:
                 rows.append({"blend": blend.name, **row})
     injected = _statistics(rows)
-    simulated = _statistics(_simulated(loaded, seed))
+    simulated = _statistics(_simulated(loaded, patches, seed))
     summary = {
         "network": loaded.metadata.name,
         "network_sha256": loaded.metadata.weights_sha256,
@@ -178,7 +181,7 @@ def _inject(
     return {"snr": snr, "flux": true, "error": flux / true - 1}
 
 
-def _simulated(network: Network, seed: int, patches: int = 3) -> list[dict[str, Any]]:
+def _simulated(network: Network, patches: int, seed: int) -> list[dict[str, Any]]:
     """Errors on simulated patches of the survey, deblended at true centres."""
     rows = []
     for k in range(patches):
