@@ -120,6 +120,31 @@ def test_without_data_the_prior_rules(scene):
     np.testing.assert_allclose(found.covariances()[1], np.eye(LENGTH), atol=1e-12)
 
 
+def test_a_source_that_overflows_leaves_the_others_alone(scene):
+    corners, truth, image, weight = scene
+
+    class Overflowing(LinearJacobian):
+        def images(self, latent, psf_moments, width):
+            out = super().images(latent, psf_moments, width)
+            return np.full_like(out, np.inf) if latent[0, 0] > 50 else out
+
+    latent = truth + 0.1
+    residual = image - models(latent, corners, image.shape[1:])
+
+    def linearised(jacobian, n):
+        moments, widths = np.zeros((n, BANDS, 3)), np.full(n, SIZE)
+        return LinearisedModels(jacobian, latent[:n], moments, corners[:n], widths, residual, weight)
+
+    latent[3, 0] = 100.0
+    broken = linearised(Overflowing(), 4)
+    new, gain = broken.step(np.zeros(4))
+    assert np.isfinite(new).all() and np.isfinite(gain).all()
+    assert np.isfinite(broken.covariances()).all()
+    expected = linearised(LinearJacobian(), 3).step(np.zeros(3))[0]
+    # What conjugate gradients leave is in proportion to the whole, of which the last source has most.
+    np.testing.assert_allclose(new[:3], expected, atol=1e-2)
+
+
 def test_width_follows_the_extent_of_the_source():
     line = np.arange(64) - 32
     r2 = line[:, None] ** 2 + line**2

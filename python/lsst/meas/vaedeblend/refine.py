@@ -124,6 +124,9 @@ class LinearisedModels:
             rows = rows[:, :, dy : dy + y1 - y0, dx : dx + x1 - x0]
             root = np.sqrt(weight[:, y0:y1, x0:x1])
             rows = rows * root[:, None]
+            # Latents that overflow must not spoil the steps of other sources.
+            if not np.isfinite(rows).all():
+                rows = np.zeros_like(rows)
             tangents.append(rows)
             flat = rows.reshape(*rows.shape[:2], -1)
             blocks[i] += np.matmul(flat, flat.transpose(0, 2, 1)).sum(axis=0)
