@@ -19,6 +19,7 @@ from scipy.special import erf
 
 from .network import Decoder, Network, NetworkMetadata
 from .psf import (
+    FWHM_PER_SIGMA,
     convolve_to_observed,
     difference_kernel_ft,
     fft_size,
@@ -42,8 +43,6 @@ __all__ = [
     "render",
     "unit_shapes",
 ]
-
-_FWHM = 2.0 * np.sqrt(2.0 * np.log(2.0))
 
 
 def unit_shapes(models: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_]]:
@@ -100,7 +99,7 @@ class Renderer:
         # On a stamp as large as the scene's, so that equal PSFs are cut off equally and cancel exactly.
         width = max(self.psf.stamps.shape[2:])
         if frame.get("profile", "kolmogorov") == "gaussian":
-            return gaussian_psf(fwhm / _FWHM, width)
+            return gaussian_psf(fwhm / FWHM_PER_SIGMA, width)
         return kolmogorov_psf(fwhm, width)
 
     def _kernel(self, cell: int) -> NDArray[np.complex64]:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import erf
 
 __all__ = [
+    "FWHM_PER_SIGMA",
     "adaptive_moments",
     "convolve_to_observed",
     "difference_kernel_ft",
@@ -27,6 +28,9 @@ __all__ = [
     "matching_kernel_ft",
     "moments_sigma",
 ]
+
+FWHM_PER_SIGMA = 2.0 * np.sqrt(2.0 * np.log(2.0))
+"""Full width at half maximum of a Gaussian of unit standard deviation."""
 
 # Stamps that adaptive_moments treats at once: bounds its scratch memory to some tens of MB.
 _CHUNK = 1024

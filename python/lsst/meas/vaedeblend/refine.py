@@ -5,13 +5,13 @@
 An encoder answers at a glance; what it leaves on the table is fitted here. With z the latent variables of all
 sources, the negative log posterior
 
-    (sum over pixels of (image - models(z))^2 / variance + |z|^2) / 2
+    (sum over pixels of (image - models(z))^2 / variance + p |z|^2) / 2
 
-is minimised by Gauss-Newton steps that treat overlapping sources jointly: J^T W J + 1 is assembled from
+is minimised by Gauss-Newton steps that treat overlapping sources jointly: J^T W J + p is assembled from
 blocks, one for each source and each overlapping pair, J being the derivatives of the models, W the weights,
-and 1 the standard normal prior of the latent variables. The inverse of the same matrix is the covariance of
-the posterior (Laplace's approximation). MADNESS (Biswas et al. 2024) refines the latents of a trained decoder
-by gradient descent.
+and p the precision of the latent variables' prior, 1 for the standard normal one. The inverse of the same
+matrix is the covariance of the posterior (Laplace's approximation). MADNESS (Biswas et al. 2024) refines the
+latents of a trained decoder by gradient descent.
 """
 
 from __future__ import annotations

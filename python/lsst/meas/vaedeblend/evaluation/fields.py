@@ -23,14 +23,13 @@ from ..catalog import reference_band
 from ..deblender import DeblendConfig, deblend
 from ..models import SourceModels
 from ..network import Network, load_network
+from ..psf import FWHM_PER_SIGMA
 from ..scene import PsfGrid, Scene, find_parents
 from .coverage import flux_inside, shape_inside
 from .detection import detection_mask, psf_sigma
 from .metrics import MATCH_RADIUS, SNR_LIMIT, match, stamp_snr
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.evaluation.fields")
-
-_FWHM = 2.0 * np.sqrt(2.0 * np.log(2.0))
 
 
 @dataclasses.dataclass
@@ -263,7 +262,7 @@ def _evaluate_field(
         first = usable[sources.iteration[usable] == 0]
         missed = bright.copy()
         missed[match(position[first], truth_xy, radius)[1]] = False
-        fwhm = _FWHM * float(psf_sigma(field.psf[band]))
+        fwhm = FWHM_PER_SIGMA * float(psf_sigma(field.psf[band]))
         distance = np.hypot(field.x[:, None] - field.x, field.y[:, None] - field.y)
         beside_brighter = ((distance < fwhm) & (snr > snr[:, None])).any(axis=1)
         separate = (snr > 2 * SNR_LIMIT) & ~beside_brighter

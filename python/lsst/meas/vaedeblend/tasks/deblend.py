@@ -31,7 +31,7 @@ from lsst.utils.timer import timeMethod
 
 from ..adapters.cell_coadd import masked_image, scene_from_cell_coadds
 from ..catalog import models_table, object_table, parent_table
-from ..network import Network, NetworkError
+from ..network import NetworkError
 from .common import (
     DeblendTaskConfig,
     NoFiniteModelError,
@@ -189,7 +189,7 @@ class VaeDeblendTask(PipelineTask):
         outputRefs: OutputQuantizedConnection,
     ) -> None:
         # Docstring inherited.
-        network = self.load_network()
+        network = configured_network(self.config)
         refs = {ref.dataId["band"]: ref for ref in inputRefs.coadds}
         bands = network.metadata.bands
         data_id = butlerQC.quantum.dataId
@@ -209,21 +209,6 @@ class VaeDeblendTask(PipelineTask):
         if outputs.n_objects and outputs.n_not_finite == outputs.n_objects:
             error = NoFiniteModelError(network.metadata.name, outputs.n_objects)
             raise AnnotatedPartialOutputsError.annotate(error, self, log=self.log) from error
-
-    def load_network(self) -> Network:
-        """Load the configured network, or take the one that this process has loaded already.
-
-        Returns
-        -------
-        network : `lsst.meas.vaedeblend.network.Network`
-            The network.
-
-        Raises
-        ------
-        NetworkError
-            Raised when the file cannot be used, or a required execution provider is not available.
-        """
-        return configured_network(self.config)
 
     @timeMethod
     def run(self, coadds: Mapping[str, CellCoadd], ids: PatchIds, peaks: Table | None = None) -> Struct:
@@ -256,7 +241,7 @@ class VaeDeblendTask(PipelineTask):
         lsst.pipe.base.NoWorkFound
             Raised when a band is missing, or no pixel is detected and no peak given.
         """
-        network = self.load_network()
+        network = configured_network(self.config)
         bands = network.metadata.bands
         if others := sorted(set(coadds) - set(bands)):
             raise NetworkError(
