@@ -33,9 +33,6 @@ from ..adapters.afw_catalog import copy_mapper, empty_catalog
 from ..adapters.afw_scene import (
     calibration,
     exposure_from_cells,
-    scene_from_exposures,
-    set_plane,
-    union_planes,
 )
 from ..adapters.cell_coadd import scene_from_cell_coadds
 from .common import NoFiniteModelError, check_bands, network_metadata
@@ -304,7 +301,7 @@ class VaeDeblendFootprintsTask(PipelineTask):
         known = [band for band in bands if band in given]
         if coadds_future:
             return self._run_future({band: coadds_future[band] for band in known}, sources)
-        cell, origin = (config.psfCellSize, config.psfCellSize), None
+        cell = origin = None
         if coadds_cell:
             exposures = {band: exposure_from_cells(coadds_cell[band], backgrounds[band]) for band in known}
             grid = coadds_cell[known[0]].grid
@@ -312,20 +309,10 @@ class VaeDeblendFootprintsTask(PipelineTask):
             origin = (grid.bbox.getMinY(), grid.bbox.getMinX())
         else:
             exposures = {band: coadds[band] for band in known}
-        scene = scene_from_exposures(
-            exposures, bands, bad_planes=config.badMask, psf_cell=cell, psf_origin=origin
+        scales = {band: calibration(exposure) for band, exposure in exposures.items()}
+        return self.multibandDeblend.deblend_exposures(
+            exposures, scales, sources, psf_cell=cell, psf_origin=origin
         )
-        masks = [exposure.mask for exposure in exposures.values()]
-        result = self.multibandDeblend.deblend_scene(
-            scene,
-            {band: calibration(exposure) for band, exposure in exposures.items()},
-            sources,
-            union_planes(masks, config.maskLimits),
-        )
-        if config.notDeblendedMask:
-            for mask in masks:
-                set_plane(mask, config.notDeblendedMask, result.skipped)
-        return result
 
     def _run_future(self, coadds: Mapping[str, CellCoadd], sources: SourceCatalog) -> Struct:
         """Deblend coadds that are `lsst.images.cells.CellCoadd`."""

@@ -44,7 +44,7 @@ from .limits import LimitsConfig, why_skipped
 
 if TYPE_CHECKING:
     from lsst.afw.detection import Footprint, PeakRecord
-    from lsst.afw.image import MultibandExposure
+    from lsst.afw.image import ExposureF, MultibandExposure
     from lsst.afw.table import Schema, SourceCatalog
 
 
@@ -184,20 +184,60 @@ class VaeMultibandDeblendTask(Task):
         scales = dict.fromkeys(exposures, self.config.nanojanskyPerUnit)
         check_bands(exposures, bands, self.config.allowMissingBands, "the patch")
         scale = self.config.pixelScale
-        scene = scene_from_exposures(
+        return self.deblend_exposures(
             exposures,
-            bands,
-            bad_planes=self.config.badMask,
-            psf_cell=(self.config.psfCellSize, self.config.psfCellSize),
-            scales=scales,
+            scales,
+            mergedSources,
             pixel_scale=network_metadata(self.config.network).pixel_scale if scale is None else scale,
         )
+
+    def deblend_exposures(
+        self,
+        exposures: Mapping[str, ExposureF],
+        scales: Mapping[str, float],
+        mergedSources: SourceCatalog,
+        *,
+        psf_cell: tuple[int, int] | None = None,
+        psf_origin: tuple[int, int] | None = None,
+        pixel_scale: float | None = None,
+    ) -> Struct:
+        """Deblend the coadds of one patch, and mark in them what was skipped.
+
+        Parameters
+        ----------
+        exposures : mapping of `str` to `lsst.afw.image.ExposureF`
+            Coadds by band, all of them in bands of the network. The mask plane ``config.notDeblendedMask`` is
+            set in them where parents are skipped.
+        scales : mapping of `str` to `float`
+            nJy per unit of the coadds, by band.
+        mergedSources : `lsst.afw.table.SourceCatalog`
+            Merged detections; its table's id factory gives the objects their ids.
+        psf_cell : `tuple` [`int`], optional
+            (y, x) size of the cells in which the PSF counts as constant; by default ``config.psfCellSize``.
+        psf_origin, pixel_scale
+            See `lsst.meas.vaedeblend.adapters.afw_scene.scene_from_exposures`.
+
+        Returns
+        -------
+        result : `lsst.pipe.base.Struct`
+            See `deblend_scene`.
+        """
+        config = self.config
+        scene = scene_from_exposures(
+            exposures,
+            network_metadata(config.network).bands,
+            bad_planes=config.badMask,
+            psf_cell=(config.psfCellSize, config.psfCellSize) if psf_cell is None else psf_cell,
+            psf_origin=psf_origin,
+            scales=scales,
+            pixel_scale=pixel_scale,
+        )
         masks = [exposure.mask for exposure in exposures.values()]
-        planes = union_planes(masks, self.config.maskLimits)
+        planes = union_planes(masks, config.maskLimits)
         result = self.deblend_scene(scene, scales, mergedSources, planes)
-        if self.config.notDeblendedMask:
+        if config.notDeblendedMask:
             for mask in masks:
-                set_plane(mask, self.config.notDeblendedMask, result.skipped)
+                set_plane(mask, config.notDeblendedMask, result.skipped)
         return result
 
     @timeMethod
