@@ -655,3 +655,13 @@ def test_the_network_is_told_noise_and_psf_of_the_place(network, monkeypatch):
     expected = np.array([1.4, 1.5, 1.6]) ** 2 + 1 / 12
     np.testing.assert_allclose(seen["moments"][:, :, 0], np.tile(expected, (4, 1)), rtol=2e-3)
     np.testing.assert_allclose(seen["moments"][:, :, 2], 0.0, atol=1e-6)
+
+
+def test_saved_configurations_name_the_public_module():
+    config = DeblendConfig()
+    config.max_iterations = 3
+    text = config.saveToString()
+    assert "type(config) is lsst.meas.vaedeblend.deblender.DeblendConfig," in text
+    again = DeblendConfig()
+    again.loadFromString(text)
+    assert again.max_iterations == 3

@@ -1,0 +1,119 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The order of the procedure's steps, with and without refinement."""
+
+from __future__ import annotations
+
+import logging
+
+from ..network import Network
+from ..scene import Scene
+from ._config import DeblendConfig
+from ._passes import improve, take_pass, try_by_passes
+from ._pruning import drop
+from ._refinement import refine, set_posterior, try_by_refinement
+from ._result import DeblendResult, assemble
+from ._start import place_first
+from ._state import State
+from ._trials import try_peaks
+
+__all__ = ["deblend"]
+
+_LOG = logging.getLogger("lsst.meas.vaedeblend.deblender")
+
+
+def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None) -> DeblendResult:
+    """Deblend all parents of a scene.
+
+    Parameters
+    ----------
+    scene : `Scene`
+        The scene; its bands are brought into the network's order, and those the network does not know left
+        out.
+    network : `Network`
+        The network.
+    config : `DeblendConfig`, optional
+        Configuration.
+
+    Returns
+    -------
+    result : `DeblendResult`
+        Sources, parents and residual.
+
+    Raises
+    ------
+    NetworkError
+        Raised if the pixel scales differ (unless allowed), or if onnxruntime fails.
+    ValueError
+        Raised if the scene lacks bands of the network (unless allowed), or has no PSF at all.
+    """
+    config = DeblendConfig() if config is None else config
+    bands = network.metadata.bands
+    if not set(bands) & set(scene.bands):
+        raise ValueError(
+            f"The scene has bands {list(scene.bands)}, the network {list(bands)}: none in common."
+        )
+    scene = scene.reordered(bands, allow_missing=config.allow_missing_bands)
+    if not config.allow_other_pixel_scale:
+        network.check(pixel_scale=scene.pixel_scale)
+    if not scene.psf.valid.any():
+        raise ValueError("The scene has no PSF in any cell and band.")
+    state = State(scene, network, config)
+    place_first(state)
+    everything = range(len(scene.parents))
+    parents = [p for p, own in zip(everything, state.members(list(everything)), strict=True) if len(own)]
+    for _ in range(config.min_passes):
+        take_pass(state, parents)
+    if config.refinement_steps > 0 and network.jacobian is not None:
+        _go_on_with_refinement(state, parents)
+    else:
+        _go_on_with_passes(state, parents)
+    return assemble(state)
+
+
+def _go_on_with_refinement(state: State, parents: list[int]) -> None:
+    """Refine the sources, then try new peaks and refine those parents that have not settled."""
+    moving, open_ = refine(state, parents), _to_search(state, parents)
+    for iteration in range(1, state.config.max_iterations + 1):
+        if not moving and not open_:
+            break
+        open_ = try_peaks(state, open_, iteration, try_by_refinement)
+        moving = _either(refine(state, _either(moving, open_)), open_)
+        _report(iteration, moving, open_)
+    _conclude(state, parents, moving)
+    set_posterior(state)
+
+
+def _go_on_with_passes(state: State, parents: list[int]) -> None:
+    """Take another pass with those parents that have not settled, then try new peaks."""
+    moving, open_ = parents, _to_search(state, parents)
+    for iteration in range(1, state.config.max_iterations + 1):
+        if not moving and not open_:
+            break
+        moving = improve(state, moving)
+        open_ = try_peaks(state, open_, iteration, try_by_passes)
+        moving = _either(moving, open_)
+        _report(iteration, moving, open_)
+    _conclude(state, parents, moving)
+
+
+def _to_search(state: State, parents: list[int]) -> list[int]:
+    """The parents in which to look for new peaks: all at first, then only those that got some."""
+    return parents if state.config.find_new_peaks else []
+
+
+def _either(some: list[int], others: list[int]) -> list[int]:
+    return sorted(set(some) | set(others))
+
+
+def _report(iteration: int, moving: list[int], open_: list[int]) -> None:
+    _LOG.debug("Iteration %d: %d parents gained sources, %d not settled.", iteration, len(open_), len(moving))
+
+
+def _conclude(state: State, parents: list[int], moving: list[int]) -> None:
+    """Flag the parents that still change, and drop what no longer earns its place."""
+    if state.config.max_iterations > 0:
+        state.parent_flags["no_convergence"][moving] = True
+    state.subtract()
+    for p in parents:
+        drop(state, p)

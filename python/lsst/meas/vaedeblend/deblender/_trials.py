@@ -1,0 +1,107 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The search for new peaks in the residual, and their trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from ..peaks import find_peaks
+from ._pruning import drop, weed
+from ._state import State
+
+__all__ = ["try_peaks"]
+
+
+class _Trial(NamedTuple):
+    """New peaks of a parent."""
+
+    parent: int
+    own: NDArray[np.int64]  # rows of its sources so far
+    found: NDArray[np.float64]  # (K, 2), x and y
+    weight: NDArray[np.float64]  # on the parent's window, softened by the errors of the models
+    chi2: float  # before the trial, with these weights
+
+
+def try_peaks(
+    state: State,
+    parents: list[int],
+    iteration: int,
+    fit: Callable[[State, list[int], NDArray[np.int64]], None],
+) -> list[int]:
+    """Look for peaks in the residuals, try them, keep those that earn it; return parents that got any.
+
+    `fit` is given the parents that have new sources, and the rows of these.
+    """
+    trials = _find(state, parents)
+    if not trials:
+        return []
+    r, before = state.rows, len(state.rows)
+    saved = r.save(np.concatenate([trial.own for trial in trials]))
+    peaks = np.concatenate([trial.found for trial in trials])
+    parent = np.concatenate([np.full(len(trial.found), trial.parent) for trial in trials])
+    r.append(state.new_rows(peaks, parent, given=False, iteration=iteration))
+    fit(state, [trial.parent for trial in trials], np.arange(before, len(r)))
+    accepted, start, first = [], 0, before
+    for p, own, found, weight, chi2 in trials:
+        new = np.arange(first, first + len(found))
+        part = slice(start, start + len(own))
+        start, first = start + len(own), first + len(found)
+        r.alive[new[r.failed[new]]] = False
+        weed(state, p, new, weight)
+        kept = new[r.alive[new]]
+        if len(kept) and chi2 - state.chi2(p, weight) > state.cost * len(kept):
+            accepted.append(p)
+        else:
+            r.alive[new] = False
+            # The exact state from before, but the residual only follows with the next subtraction.
+            r.restore(own, saved, part)
+        state.rejected[p].extend(r.peak[new[~r.alive[new]]])
+    if accepted:
+        state.subtract()
+        for p in accepted:
+            drop(state, p)
+    return accepted
+
+
+def _find(state: State, parents: list[int]) -> list[_Trial]:
+    """Find what is worth a trial, on a residual computed afresh."""
+    r = state.rows
+    state.subtract()
+    total = state.scene.image - state.residual
+    live = np.flatnonzero(r.alive & r.active)
+    tree = cKDTree(np.concatenate([r.peak[live], r.centroids(live)]))
+    trials = []
+    for p, own in zip(parents, state.members(parents), strict=True):
+        found = _candidates(state, p, total, len(own), tree)
+        if len(found):
+            window, _ = state.windows[p]
+            weight = np.where(state.valid[:, *window], 1.0 / state.softened(total, window), 0.0)
+            trials.append(_Trial(p, own, found, weight, state.chi2(p, weight)))
+    return trials
+
+
+def _candidates(state: State, p: int, total: NDArray, n_members: int, tree: cKDTree) -> NDArray[np.float64]:
+    """Peaks in the residual of a parent that are away from all sources in a tree."""
+    config = state.config
+    room = min(config.max_new_peaks, config.max_peaks - n_members)
+    if room <= 0:
+        return np.empty((0, 2))
+    significance, y, x = state.significance(p, total)
+    inside = state.footprint(p, significance.shape, y, x)
+    # A maximum where no band has data is the work of the filter.
+    height, width = inside.shape
+    inside &= state.valid[:, y : y + height, x : x + width].any(axis=0)
+    found = find_peaks(significance, config.new_peak_threshold, inside, config.min_separation) + [x, y]
+    if len(found):
+        near = tree.query(found)[0] < config.min_separation
+        if state.rejected[p]:
+            old = cKDTree(np.array(state.rejected[p])).query(found)[0]
+            near |= old < max(config.min_separation, 1.0)
+        found = found[~near]
+    return found[:room]
