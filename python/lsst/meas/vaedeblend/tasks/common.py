@@ -9,6 +9,7 @@ __all__ = [
     "DeblendTaskConfig",
     "NoFiniteModelError",
     "check_bands",
+    "check_quantum",
     "configured_network",
     "network_metadata",
     "record_run",
@@ -28,6 +29,8 @@ from ..catalog import SOURCE_FLAGS
 from ..deblender import DeblendConfig, DeblendResult, deblend
 from ..network import Network, NetworkError, NetworkMetadata, load_network, read_metadata, resolve
 from ..scene import Scene
+
+_LOG = logging.getLogger("lsst.meas.vaedeblend.tasks")
 
 
 class NoFiniteModelError(AlgorithmError):
@@ -178,6 +181,33 @@ def check_bands(present: Collection[str], bands: Collection[str], allow_missing:
         raise NoWorkFound(
             f"No coadd in band {', '.join(missing)} for {where}: the network needs {''.join(bands)}."
         )
+
+
+def check_quantum(present: Collection[str], config: DeblendTaskConfig, where: str) -> None:
+    """Check that the coadds suffice when the graph is built, and log it if they do not.
+
+    The graph builder counts the quanta that it drops, but does not say why.
+
+    Parameters
+    ----------
+    present : collection of `str`
+        Bands that have a coadd.
+    config : `DeblendTaskConfig`
+        The configuration.
+    where : `str`
+        The quantum, for the message.
+
+    Raises
+    ------
+    lsst.pipe.base.NoWorkFound
+        Raised when a band that is needed has no coadd.
+    """
+    bands = network_metadata(config.network).bands
+    try:
+        check_bands(present, bands, config.allowMissingBands, where)
+    except NoWorkFound as reason:
+        _LOG.info("%s", reason)
+        raise
 
 
 def run_procedure(

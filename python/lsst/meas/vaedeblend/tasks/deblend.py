@@ -12,7 +12,6 @@ __all__ = [
     "VaeDeblendTask",
 ]
 
-import logging
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +35,7 @@ from .common import (
     DeblendTaskConfig,
     NoFiniteModelError,
     check_bands,
+    check_quantum,
     configured_network,
     network_metadata,
     record_run,
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from lsst.images.cells import CellCoadd
     from lsst.pipe.base import InputQuantizedConnection, OutputQuantizedConnection, QuantumContext
     from lsst.pipe.base.connectionTypes import BaseInput, Output
-
-_LOG = logging.getLogger("lsst.meas.vaedeblend.tasks.deblend")
 
 
 class VaeDeblendConnections(
@@ -129,12 +127,7 @@ class VaeDeblendConnections(
         connection, refs = inputs["coadds"]
         kept = [ref for ref in refs if ref.dataId["band"] in bands]
         present = {ref.dataId["band"] for ref in kept}
-        try:
-            check_bands(present, bands, self.config.allowMissingBands, f"{label} at {data_id}")
-        except NoWorkFound as reason:
-            # The graph builder counts the quanta that it drops, but does not say why.
-            _LOG.info("%s", reason)
-            raise
+        check_quantum(present, self.config, f"{label} at {data_id}")
         adjusted_inputs = {"coadds": (connection, kept)}
         adjusted_outputs = {}
         if "residual" in outputs:

@@ -11,7 +11,6 @@ __all__ = [
     "VaeDeblendFootprintsTask",
 ]
 
-import logging
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,7 +34,7 @@ from ..adapters.afw_scene import (
     exposure_from_cells,
 )
 from ..adapters.cell_coadd import scene_from_cell_coadds
-from .common import NoFiniteModelError, check_bands, network_metadata
+from .common import NoFiniteModelError, check_bands, check_quantum, network_metadata
 from .multiband import VaeMultibandDeblendTask
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from lsst.pipe.base import InputQuantizedConnection, OutputQuantizedConnection, QuantumContext
     from lsst.pipe.base.connectionTypes import BaseInput, Output
 
-_LOG = logging.getLogger("lsst.meas.vaedeblend.tasks.footprints")
 
 _PATCH = ("skymap", "tract", "patch")
 _PATCH_BAND = (*_PATCH, "band")
@@ -156,12 +154,7 @@ class VaeDeblendFootprintsConnections(
         present = set(bands)
         for name in used:
             present &= {ref.dataId["band"] for ref in inputs[name][1]}
-        try:
-            check_bands(present, bands, config.allowMissingBands, f"{label} at {data_id}")
-        except NoWorkFound as reason:
-            # The graph builder counts the quanta that it drops, but does not say why.
-            _LOG.info("%s", reason)
-            raise
+        check_quantum(present, config, f"{label} at {data_id}")
         adjusted = {}
         for name in used:
             connection, refs = inputs[name]
