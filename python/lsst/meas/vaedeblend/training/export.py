@@ -21,14 +21,14 @@ import torch
 
 from ..evaluation.metrics import ksb_shape, nmad
 from ..network import Network, NetworkMetadata, embed_metadata
-from ..psf import gaussian_psf, moments_sigma
+from ..psf import gaussian_psf
 from .blends import psf_stamp
 from .config import TrainingConfig
 from .derivatives import DecoderJacobian
 from .fit import SceneData, VaeModule, load_weights, reference_band
 from .galaxies import MODEL_SIGMA
 from .networks import Deblender
-from .scenes import Cutouts
+from .scenes import Cutouts, squared_snr
 from .surveys import SurveyInfo
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
@@ -166,9 +166,9 @@ def figures_of_merit(
     output = network.deblend(batch.image, batch.valid.astype(np.float32), batch.noise, batch.psf_moments)
     ref = reference_band(config)
     truth, model = batch.target[:, ref].astype(float), output.model[:, ref].astype(float)
-    area = 4 * np.pi * moments_sigma(batch.psf_moments[:, ref].astype(float)) ** 2
-    shape_area = truth.sum((1, 2)) ** 2 / np.maximum((truth**2).sum((1, 2)), 1e-30)
-    good = truth.sum((1, 2)) / (batch.noise[:, ref] * np.sqrt(area + shape_area)) > 10
+    total = truth.sum((1, 2))
+    area = total**2 / np.maximum((truth**2).sum((1, 2)), 1e-30)
+    good = squared_snr(total, batch.noise[:, ref], area, batch.psf_moments[:, ref]) > 10**2
     truth, model = truth[good], model[good]
     flux = model.sum((1, 2)) / truth.sum((1, 2)) - 1
     cosine = (truth * model).sum((1, 2)) / np.sqrt((truth**2).sum((1, 2)) * (model**2).sum((1, 2)))

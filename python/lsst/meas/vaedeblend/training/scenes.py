@@ -11,7 +11,15 @@ convolution is shared.
 
 from __future__ import annotations
 
-__all__ = ["Cutouts", "PsfBank", "SceneComposer", "SceneConfig", "quarter_turn", "turn_offset"]
+__all__ = [
+    "Cutouts",
+    "PsfBank",
+    "SceneComposer",
+    "SceneConfig",
+    "quarter_turn",
+    "squared_snr",
+    "turn_offset",
+]
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,10 +28,34 @@ import galsim
 import numpy as np
 import scipy.fft
 from lsst.pex.config import Config, Field, ListField
+from numpy.typing import NDArray
 
 from ..psf import adaptive_moments, difference_kernel_ft, moments_sigma
 from .galaxies import MODEL_SIGMA, GalaxyBank
 from .surveys import SurveyInfo
+
+
+def squared_snr(flux: NDArray, noise: NDArray, area: NDArray, psf_moments: NDArray) -> NDArray:
+    """Squared signal-to-noise ratio of an optimal measurement in background noise, F^2 / (sigma^2 A).
+
+    Parameters
+    ----------
+    flux : `numpy.ndarray`, (...)
+        Fluxes, nJy.
+    noise : `numpy.ndarray`, (...)
+        Background standard deviation per pixel, nJy.
+    area : `numpy.ndarray`, (...)
+        Effective areas before the PSF, (sum I)^2 / sum I^2, pixel^2.
+    psf_moments : `numpy.ndarray`, (..., 3)
+        Ixx, Iyy, Ixy of the PSF, pixel^2; it widens the area by its own, 4 pi sqrt(det I) for a Gaussian.
+
+    Returns
+    -------
+    squared_snr : `numpy.ndarray`, (...)
+        To be summed over bands.
+    """
+    psf_area = 4 * np.pi * moments_sigma(psf_moments.astype(float)) ** 2
+    return (flux / noise) ** 2 / (area + psf_area)
 
 
 class SceneConfig(Config):
@@ -322,10 +354,8 @@ class SceneComposer:
         """Sources that a peak finder could have found, of any rank, in random order."""
         c, half = self.config, self.config.cutout_size // 2
         flux = self._total_flux[rows]
-        # S/N of an optimal measurement in background noise: F / (sigma sqrt(A)), with the effective area
-        # widened by the PSF's, 4 pi sqrt(det I) for a Gaussian.
-        psf_area = 4 * np.pi * moments_sigma(self.psfs.moments[psf_index].astype(float)) ** 2
-        snr = np.sqrt(((flux / noise) ** 2 / (self.bank.area[rows][:, None] + psf_area)).sum(axis=1))
+        area = self.bank.area[rows][:, None]
+        snr = np.sqrt(squared_snr(flux, noise, area, self.psfs.moments[psf_index]).sum(axis=1))
         # A peak that is off by some pixels must still leave the cutout inside of the field.
         edge = 0 if self.isolated else 4
         low, high = half + edge, c.field_size - half - edge
