@@ -62,7 +62,7 @@ Sky = Callable[[NDArray[np.float64], NDArray[np.float64]], tuple[NDArray[np.floa
 
 
 def reference_band(bands: Sequence[str]) -> str:
-    """Choose the band in which shapes are measured.
+    """Choose the band in which shapes are measured and trainings judged.
 
     Parameters
     ----------

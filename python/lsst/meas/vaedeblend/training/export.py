@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..catalog import reference_band
 from ..evaluation.metrics import ksb_shape, nmad
 from ..network import Network, NetworkMetadata, embed_metadata
 from ..psf import gaussian_psf
 from .blends import psf_stamp
 from .config import TrainingConfig
 from .derivatives import DecoderJacobian
-from .fit import SceneData, VaeModule, load_weights, reference_band
+from .fit import SceneData, VaeModule, load_weights
 from .galaxies import MODEL_SIGMA
 from .networks import Deblender
 from .scenes import Cutouts, squared_snr
@@ -155,16 +156,17 @@ def figures_of_merit(
     Returns
     -------
     figures : `dict` [`str`, `float`]
-        For sources with matched-filter S/N above 10 in the reference band (see `reference_band`),
-        centred at the true pixel, without later iterations or flux solve: ``flux_meanabs`` and ``flux_nmad``
-        of F / F_true - 1 with errors cut at 5; ``cosine_mean``, the mean cosine similarity in the models'
-        frame; ``ellipticity_nmad`` and ``shear_response_m``, scatter and slope of the error of the KSB
-        ellipticity against the true one, galsim.hsm with that frame's PSF.
+        For sources with matched-filter S/N above 10 in the reference band (see
+        `lsst.meas.vaedeblend.catalog.reference_band`), centred at the true pixel, without later iterations
+        or flux solve: ``flux_meanabs`` and ``flux_nmad`` of F / F_true - 1 with errors cut at 5;
+        ``cosine_mean``, the mean cosine similarity in the models' frame; ``ellipticity_nmad`` and
+        ``shear_response_m``, scatter and slope of the error of the KSB ellipticity against the true one,
+        galsim.hsm with that frame's PSF.
     """
     composer = scenes.composer("test", isolated)(np.random.default_rng(5))
     batch: Cutouts = next(composer.batches(samples))
     output = network.deblend(batch.image, batch.valid.astype(np.float32), batch.noise, batch.psf_moments)
-    ref = reference_band(config)
+    ref = config.bands.index(reference_band(config.bands))
     truth, model = batch.target[:, ref].astype(float), output.model[:, ref].astype(float)
     total = truth.sum((1, 2))
     area = total**2 / np.maximum((truth**2).sum((1, 2)), 1e-30)

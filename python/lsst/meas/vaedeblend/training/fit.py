@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SceneData", "VaeModule", "fit_step", "load_weights", "reference_band", "whiten"]
+__all__ = ["SceneData", "VaeModule", "fit_step", "load_weights", "whiten"]
 
 import logging
 import math
@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..catalog import reference_band
 from .blends import BlendBanks, BlendComposer
 from .config import FitConfig, TrainingConfig
 from .convolutional import normalise
@@ -143,7 +144,7 @@ class VaeModule(lightning.LightningModule):
         self.convolutional = config.network.architecture == "convolutional"
         if step == "deblender":
             self.decoder.requires_grad_(False)
-        self.reference = reference_band(config)
+        self.reference = config.bands.index(reference_band(config.bands))
         self.register_buffer("kernel_power", kernel_power, persistent=False)
 
     @property
@@ -243,11 +244,6 @@ def _ellipticity(images: Tensor) -> Tensor:
     weighted = images * torch.exp(-0.5 * (x * x + y * y) / 2.5**2)
     xx, yy, xy = ((weighted * q).sum((1, 2)) for q in (x * x, y * y, x * y))
     return torch.stack([xx - yy, 2 * xy], dim=1) / (xx + yy).clamp(min=1e-30)[:, None]
-
-
-def reference_band(config: TrainingConfig) -> int:
-    """Index of the band in which a training is judged: r, or else the middle one, rounded down."""
-    return config.bands.index("r") if "r" in config.bands else len(config.bands) // 3
 
 
 @torch.no_grad()
