@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Crowded fields of our own, in the format that `vaedeblend evaluate fields` reads, to develop on.
 
-usage: python benchmarks/heldout_fields.py OUT [--fields 16] [--seed 77]
+usage: python benchmarks/heldout_fields.py OUT [--fields 16] [--seed 77] [--brightest 20] [--distance 0.6 3]
 
-Galaxies of the embedded population, drawn anew for each field, a third at random places and the others
-0.6" to 3" from one of those; in every band of every field a PSF of another width, profile and shape; LSST's
+Galaxies of the embedded population, drawn anew for each field, a third at random places and the others at
+a distance from one of those; in every band of every field a PSF of another width, profile and shape; LSST's
 full depth. What is tuned is tuned here, so that other benchmarks stay independent.
 """
 
@@ -27,16 +27,18 @@ MAX_RADIUS = 80
 """Half-width at which a galaxy's image is cut off, pixel."""
 
 
-def simulate(seed: int, number: int) -> dict[str, np.ndarray]:
-    """Simulate one field."""
+def simulate(
+    seed: int, number: int, brightest: float = 20.0, distances: tuple[float, float] = (0.6, 3.0)
+) -> dict[str, np.ndarray]:
+    """Simulate one field of galaxies down to i = 26; neighbours lie at ``distances``, arcsec."""
     info = get_survey_info("LSST")
     scale, bands = info.pixel_scale, info.bands
     rng = np.random.default_rng([seed, number])
     n = int(rng.integers(9, 18))
-    population = draw_population(n, info, rng, mag_range=(20.0, 26.0))
+    population = draw_population(n, info, rng, mag_range=(brightest, 26.0))
     xy = rng.uniform(45, SIZE - 45, (n, 2))
     for i in range(n // 3, n):
-        distance, angle = rng.uniform(0.6, 3.0) / scale, rng.uniform(0, 2 * np.pi)
+        distance, angle = rng.uniform(*distances) / scale, rng.uniform(0, 2 * np.pi)
         beside = xy[rng.integers(n // 3)] + distance * np.array([np.cos(angle), np.sin(angle)])
         xy[i] = np.clip(beside, EDGE, SIZE - 1 - EDGE)
     corner = np.floor(xy + 0.5).astype(int) - STAMP // 2
@@ -90,11 +92,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--fields", type=int, default=16)
     parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--brightest", type=float, default=20.0, help="magnitude limit in i")
+    parser.add_argument("--distance", type=float, nargs=2, default=(0.6, 3.0), help="of neighbours, arcsec")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for number in range(arguments.fields):
         path = arguments.out / f"field_{number:02d}.npz"
-        np.savez_compressed(path, **simulate(arguments.seed, number))
+        field = simulate(arguments.seed, number, arguments.brightest, tuple(arguments.distance))
+        np.savez_compressed(path, **field)
 
 
 if __name__ == "__main__":

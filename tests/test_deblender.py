@@ -11,6 +11,9 @@ import pytest
 import scipy.optimize
 import synthetic
 from lsst.meas.vaedeblend.deblender import DeblendConfig, deblend
+from lsst.meas.vaedeblend.deblender._passes import take_pass
+from lsst.meas.vaedeblend.deblender._start import place_first
+from lsst.meas.vaedeblend.deblender._state import State
 from lsst.meas.vaedeblend.fluxes import joint_fluxes
 from lsst.meas.vaedeblend.models import render
 from lsst.meas.vaedeblend.network import Network, NetworkError
@@ -75,6 +78,29 @@ def test_blended_galaxies_are_recovered(result):
     assert (reduced < 1.15).all() and (result.parents.chi2_start > 4 * result.parents.chi2).all()
     assert not any(flag.any() for flag in sources.flags.values())
     assert not any(flag.any() for flag in result.parents.flags.values())
+
+
+def test_errors_of_the_models_soften_the_weights_of_the_refinement(blend, network):
+    config = DeblendConfig()
+    config.refinement_model_error = 0.1
+    state = State(blend, network, config)
+    place_first(state)
+    take_pass(state, [0, 1])
+    first = np.array([0])
+    state.soften(first)
+    (y, x), (stop_y, stop_x) = np.maximum(state.rows.corner[0], 0), state.rows.corner[0] + state.size
+    around = (slice(None), slice(y, stop_y), slice(x, stop_x))
+    model = (blend.image - state.residual)[around]
+    assert model.max() > 10
+    expected = 1.0 / (blend.variance[around] + (0.1 * model) ** 2)
+    np.testing.assert_allclose(state.soft_weight[around], expected, rtol=1e-5)
+    untouched = np.ones(blend.shape, bool)
+    untouched[around[1:]] = False
+    np.testing.assert_array_equal(state.soft_weight[:, untouched], state.weight[:, untouched])
+    config.refinement_model_error = 0.0
+    state = State(blend, network, config)
+    state.soften(first)
+    np.testing.assert_array_equal(state.soft_weight, state.weight)
 
 
 def test_a_neighbour_without_a_peak_is_found_in_the_residual(network, result):

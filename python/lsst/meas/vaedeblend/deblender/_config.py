@@ -50,6 +50,12 @@ class DeblendConfig(Config):
         min=0.0,
         inclusiveMin=False,
     )
+    refinement_model_error = RangeField[float](
+        doc="Relative error of the models that the refinement adds in quadrature to the noise: what the "
+        "decoder cannot draw of a bright galaxy is not to be made up for by its faint neighbours.",
+        default=0.03,
+        min=0.0,
+    )
     posterior_scale = RangeField[float](
         doc="Factor on the widths of the refined posterior. The linear approximation knows neither the "
         "errors of the decoder nor tails of the population; the default is what held-out fields ask for.",

@@ -91,9 +91,10 @@ def _batches(state: State, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 
 def _linearise(state: State, rows: NDArray[np.int64]) -> LinearisedModels:
     r = state.rows
+    state.soften(rows)
     corner = r.corner[rows]
     models = r.image[rows] * r.flux[rows].astype(np.float32)[:, :, None, None]
-    widths = choose_widths(models, cut_out(state.weight, corner[:, 0], corner[:, 1], state.size))
+    widths = choose_widths(models, cut_out(state.soft_weight, corner[:, 0], corner[:, 1], state.size))
     return LinearisedModels(
         state.network.jacobian,
         r.mean[rows],
@@ -101,7 +102,7 @@ def _linearise(state: State, rows: NDArray[np.int64]) -> LinearisedModels:
         corner,
         widths,
         state.residual,
-        state.weight,
+        state.soft_weight,
         state.config.refinement_prior,
     )
 
@@ -114,7 +115,7 @@ def _objective(
     owner = np.full((y1 - y0, x1 - x0), groups.max() + 1)
     for group, start, stop in zip(groups, models.starts - [y0, x0], models.stops - [y0, x0], strict=True):
         owner[start[0] : stop[0], start[1] : stop[1]] = group
-    residual, weight = state.residual[:, y0:y1, x0:x1], state.weight[:, y0:y1, x0:x1]
+    residual, weight = state.residual[:, y0:y1, x0:x1], state.soft_weight[:, y0:y1, x0:x1]
     chi2 = np.einsum("byx,byx,byx->yx", residual, residual, weight)
     n = int(groups.max()) + 2
     out = np.bincount(owner.ravel(), weights=chi2.ravel(), minlength=n)[: n - 1]

@@ -59,6 +59,8 @@ class State:
         # Of the sources.
         self.rows = self.new_rows(np.empty((0, 2)), np.empty(0, np.int64), given=True, iteration=0)
         self.residual = scene.image.copy()
+        # Weights of the refinement, see `soften`.
+        self.soft_weight = self.weight.copy()
 
     def new_rows(self, peaks: NDArray, parent: NDArray, *, given: ArrayLike, iteration: int) -> Rows:
         """Make rows for peaks (x, y), with what does not depend on the network."""
@@ -158,6 +160,18 @@ class State:
     def softened(self, total: NDArray, window: tuple[slice, slice]) -> NDArray[np.float32]:
         """Variance of the image and, with the sum of all models, of the models in a window."""
         return self.scene.variance[:, *window] + (self.config.model_error * total[:, *window]) ** 2
+
+    def soften(self, rows: NDArray[np.int64]) -> None:
+        """Bring the refinement's weights around sources up to date: the models have errors of their own."""
+        error = self.config.refinement_model_error
+        if error == 0 or not len(rows):
+            return
+        start = np.maximum(self.rows.corner[rows].min(axis=0), 0)
+        stop = np.maximum(self.rows.corner[rows].max(axis=0) + self.size, start)
+        window = (slice(None), slice(start[0], stop[0]), slice(start[1], stop[1]))
+        total = self.scene.image[window] - self.residual[window]
+        weight = self.weight[window]
+        self.soft_weight[window] = weight / (1.0 + weight * (error * total) ** 2)
 
     def footprint(self, p: int, shape: tuple[int, int], y: int, x: int) -> NDArray[np.bool_]:
         """A parent's footprint on an array of some shape whose corner is at (y, x)."""
