@@ -263,6 +263,22 @@ def test_parameters_are_those_of_figure_2(bands):
     assert round(decoded / 1e6, 1) == 3.3
 
 
+def test_signals_keep_their_size_through_fresh_networks():
+    """What differs between images, or between latents, reaches the last layer hardly weaker."""
+    torch.manual_seed(6)
+    encoder, decoder = ConvolutionalEncoder(6, 64, 32).eval(), ConvolutionalDecoder(6, 64, 32).eval()
+    with torch.no_grad():
+        features = encoder.body(torch.randn(16, 6, 64, 64))
+        drawn = decoder.body(torch.randn(16, 32))
+        latent, sigma = encoder(torch.randn(2, 6, 64, 64))
+    for signal in (features, drawn):
+        assert 0.1 < signal.std(dim=0).mean() < 3.0
+    assert torch.isfinite(latent).all() and (sigma < 1.0).all()
+    # The drawing itself starts as sky, nearly the same everywhere.
+    logits = decoder.logits(torch.randn(4, 32))
+    assert -6.0 < logits.mean() < -4.0 and logits.std() < 1.0
+
+
 def test_normalisation_is_equation_4():
     scale = torch.tensor([10.0, 300.0], dtype=torch.float64)
     image = torch.tensor([[-3.0, 2.0, 40.0], [-3.0, 200.0, 4000.0]], dtype=torch.float64)[None, :, None]

@@ -22,7 +22,9 @@ config.population.stamp_size = 64
 config.scene.cutout_size = 64
 for step in (config.prior, config.deblender):
     step.samples = 600_000
-    step.batch_size = 128
+    step.batch_size = 32
+    step.validation_batches = 32
+    step.validation_every = 1000
     step.learning_rate = 1e-3
     step.weight_decay = 0.0
     step.kl_weight = 0.01

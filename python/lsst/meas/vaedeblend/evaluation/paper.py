@@ -33,7 +33,7 @@ FAINTEST_TRANSFER = 26.0
 """Magnitude limit in r of the paper's figure 9."""
 
 MAX_REAL = 1000
-"""Real galaxies, in different orientations, of which the sample on them is made: each takes a while to draw."""
+"""Real galaxies, in different orientations, of which the sample on them is made: they are slow to draw."""
 
 
 @dataclasses.dataclass(frozen=True)
