@@ -99,6 +99,8 @@ def test_errors_of_the_models_soften_the_weights_of_the_refinement(blend, networ
     np.testing.assert_array_equal(state.soft_weight[:, untouched], state.weight[:, untouched])
     config.refinement_model_error = 0.0
     state = State(blend, network, config)
+    place_first(state)
+    take_pass(state, [0, 1])
     state.soften(first)
     np.testing.assert_array_equal(state.soft_weight, state.weight)
 

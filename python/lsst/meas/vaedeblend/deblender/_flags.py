@@ -23,7 +23,7 @@ def source_flags(state: State, rows: NDArray[np.int64]) -> dict[str, NDArray[np.
     r, scene = state.rows, state.scene
     active, parent = r.active[rows], r.parent[rows]
     x, y = np.floor(r.peak[rows] + 0.5).astype(np.int64).T
-    outside = (x < 0) | (x >= scene.shape[1]) | (y < 0) | (y >= scene.shape[0])
+    outside = state.outside(r.peak[rows])
     masked_centre = np.zeros(len(rows), bool)
     masked_centre[~outside] = ~state.valid[state.usable][:, y[~outside], x[~outside]].all(axis=0)
     has_data = scene.valid.any(axis=(1, 2))

@@ -16,7 +16,6 @@ __all__ = ["place_first"]
 def place_first(state: State) -> None:
     """Make the rows of the first peaks, those given and those found in parents that come without any."""
     config, parent_flags = state.config, state.parent_flags
-    height, width = state.scene.shape
     peaks, parents, given, keep = [], [], [], []
     for p, parent in enumerate(state.scene.parents):
         window, inside = state.windows[p]
@@ -41,9 +40,7 @@ def place_first(state: State) -> None:
         np.concatenate(peaks), np.concatenate(parents), given=np.concatenate(given), iteration=0
     )
     rows.crowded = ~np.concatenate(keep)
-    x, y = np.floor(rows.peak + 0.5).T
-    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
-    rows.active = ~rows.crowded & ~outside & ~parent_flags["masked"][rows.parent]
+    rows.active = ~rows.crowded & ~state.outside(rows.peak) & ~parent_flags["masked"][rows.parent]
     state.rows = rows
 
 

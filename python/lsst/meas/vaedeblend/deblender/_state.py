@@ -95,6 +95,11 @@ class State:
                     out[i, band] = np.sqrt(np.median(good))
         return out
 
+    def outside(self, peak: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Whether peaks (x, y) lie outside of the scene."""
+        (height, width), (x, y) = self.scene.shape, np.floor(peak + 0.5).T
+        return (x < 0) | (x >= width) | (y < 0) | (y >= height)
+
     def members(self, parents: list[int]) -> list[NDArray[np.int64]]:
         """Rows of the sources that are deblended, by parent."""
         r = self.rows
@@ -142,36 +147,33 @@ class State:
         residual = self.residual[:, *window]
         return float(np.einsum("byx,byx,byx,yx->", residual, residual, weight, inside, dtype=np.float64))
 
-    def significance(self, p: int, total: NDArray | None = None) -> tuple[NDArray, int, int]:
-        """Significance map of the residual in a parent's window with a margin, and its corner (y, x).
-
-        With the sum of all models their errors count as noise.
-        """
+    def significance(self, p: int, model_error: float = 0.0) -> tuple[NDArray, int, int]:
+        """Significance map of the residual in a parent's window with a margin, and its corner (y, x)."""
         (rows, columns), _ = self.windows[p]
         margin = int(np.ceil(5 * self.detection_sigma.max()))
         y, x = max(rows.start - margin, 0), max(columns.start - margin, 0)
         window = (slice(y, rows.stop + margin), slice(x, columns.stop + margin))
-        variance = self.scene.variance[:, *window]
-        if total is not None and self.config.model_error > 0:
-            variance = self.softened(total, window)
+        variance = self.softened(window, model_error)
         residual, valid = self.residual[:, *window], self.valid[:, *window]
         return detection_image(residual, variance, valid, self.detection_sigma), y, x
 
-    def softened(self, total: NDArray, window: tuple[slice, slice]) -> NDArray[np.float32]:
-        """Variance of the image and, with the sum of all models, of the models in a window."""
-        return self.scene.variance[:, *window] + (self.config.model_error * total[:, *window]) ** 2
+    def softened(self, window: tuple[slice, slice], model_error: float) -> NDArray[np.float32]:
+        """Variance of the image, and of the models by their relative error, in a window (y, x)."""
+        variance = self.scene.variance[:, *window]
+        if model_error == 0:
+            return variance
+        models = self.scene.image[:, *window] - self.residual[:, *window]
+        return variance + (model_error * models) ** 2
+
+    def softened_weight(self, window: tuple[slice, slice], model_error: float) -> NDArray[np.float32]:
+        """Inverse of the softened variance, 0 where pixels are not valid."""
+        return np.where(self.valid[:, *window], 1.0 / self.softened(window, model_error), 0.0)
 
     def soften(self, rows: NDArray[np.int64]) -> None:
         """Bring the refinement's weights around sources up to date: the models have errors of their own."""
-        error = self.config.refinement_model_error
-        if error == 0 or not len(rows):
-            return
-        start = np.maximum(self.rows.corner[rows].min(axis=0), 0)
-        stop = np.maximum(self.rows.corner[rows].max(axis=0) + self.size, start)
-        window = (slice(None), slice(start[0], stop[0]), slice(start[1], stop[1]))
-        total = self.scene.image[window] - self.residual[window]
-        weight = self.weight[window]
-        self.soft_weight[window] = weight / (1.0 + weight * (error * total) ** 2)
+        corner = self.rows.corner[rows]
+        for _, outer, _ in overlaps(corner[:, 0], corner[:, 1], self.size, self.scene.shape):
+            self.soft_weight[:, *outer] = self.softened_weight(outer, self.config.refinement_model_error)
 
     def footprint(self, p: int, shape: tuple[int, int], y: int, x: int) -> NDArray[np.bool_]:
         """A parent's footprint on an array of some shape whose corner is at (y, x)."""

@@ -73,26 +73,25 @@ def _find(state: State, parents: list[int]) -> list[_Trial]:
     """Find what is worth a trial, on a residual computed afresh."""
     r = state.rows
     state.subtract()
-    total = state.scene.image - state.residual
     live = np.flatnonzero(r.alive & r.active)
     tree = cKDTree(np.concatenate([r.peak[live], r.centroids(live)]))
     trials = []
     for p, own in zip(parents, state.members(parents), strict=True):
-        found = _candidates(state, p, total, len(own), tree)
+        found = _candidates(state, p, len(own), tree)
         if len(found):
             window, _ = state.windows[p]
-            weight = np.where(state.valid[:, *window], 1.0 / state.softened(total, window), 0.0)
+            weight = state.softened_weight(window, state.config.model_error)
             trials.append(_Trial(p, own, found, weight, state.chi2(p, weight)))
     return trials
 
 
-def _candidates(state: State, p: int, total: NDArray, n_members: int, tree: cKDTree) -> NDArray[np.float64]:
+def _candidates(state: State, p: int, n_members: int, tree: cKDTree) -> NDArray[np.float64]:
     """Peaks in the residual of a parent that are away from all sources in a tree."""
     config = state.config
     room = min(config.max_new_peaks, config.max_peaks - n_members)
     if room <= 0:
         return np.empty((0, 2))
-    significance, y, x = state.significance(p, total)
+    significance, y, x = state.significance(p, config.model_error)
     inside = state.footprint(p, significance.shape, y, x)
     # A maximum where no band has data is the work of the filter.
     height, width = inside.shape

@@ -105,7 +105,8 @@ def evaluate_paper(
     samples : `int`, optional
         Images of each test sample.
     galaxies : `int`, optional
-        Galaxies of which they are made, if fewer than the configurations' ``n_test``.
+        Galaxies of which they are made, if fewer than the configurations' ``n_test``; at most `MAX_REAL` of
+        the real ones.
     draws : `int`, optional
         Draws from the posterior of one image (the paper's appendix C).
     threads : `int`, optional
