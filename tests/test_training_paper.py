@@ -7,6 +7,7 @@ from pathlib import Path
 
 import galsim
 import numpy as np
+import onnx
 import pytest
 import scipy.stats
 import torch
@@ -22,7 +23,7 @@ from lsst.meas.vaedeblend.training.convolutional import (
     normalise,
 )
 from lsst.meas.vaedeblend.training.export import export_network
-from lsst.meas.vaedeblend.training.fit import fit_step
+from lsst.meas.vaedeblend.training.fit import VaeModule, fit_step
 from lsst.meas.vaedeblend.training.galaxies import galaxy_profile
 from lsst.meas.vaedeblend.training.losses import bernoulli_loss
 from lsst.meas.vaedeblend.training.simulate import draw_sources, make_banks, sample_banks, survey_of
@@ -359,6 +360,21 @@ def test_artefact_takes_image_and_epsilon(trained):
     np.testing.assert_allclose(
         network.decoder.render(drawn.latent_mean + drawn.latent_sigma), drawn.model, rtol=1e-3, atol=1e-4
     )
+
+
+def test_weights_are_stored_in_half_precision(trained):
+    """Half of the bytes of the many weights; that nothing is lost is what the export's own check says."""
+    config, where = trained
+    module = VaeModule(config, "deblender", torch.zeros(0))
+    count = sum(p.numel() for p in module.parameters())
+    assert count > 5e6
+    for kind, part in (("", module), ("_decoder", module.decoder)):
+        path = where / "out" / f"arcelin2020_lsst{kind}.onnx"
+        size = sum(p.numel() for p in part.parameters())
+        assert 2 * size < path.stat().st_size < 2.1 * size
+    stored = onnx.load(where / "out" / "arcelin2020_lsst.onnx").graph.initializer
+    single = [t for t in stored if t.data_type == onnx.TensorProto.FLOAT]
+    assert max(np.prod(t.dims) for t in single) < 4096
 
 
 def test_transfer_starts_from_a_deblender_and_keeps_its_decoder(trained, tmp_path):

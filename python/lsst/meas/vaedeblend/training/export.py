@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 
 from ..catalog import reference_band
@@ -36,6 +37,9 @@ _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
 """Largest difference of ONNX and torch that an export may show, relative to an output's largest value."""
+
+_MANY_WEIGHTS = 4096
+"""Tensors with at least as many elements are worth storing in half precision."""
 
 
 def _config_text(config: TrainingConfig) -> str:
@@ -99,6 +103,34 @@ def _without_traces(model):
     del model.metadata_props[:]
     model.doc_string = ""
     return model
+
+
+@torch.no_grad()
+def _round_weights(module: torch.nn.Module) -> None:
+    """Round large tensors of weights to what half precision can hold."""
+    for weights in module.parameters():
+        if weights.numel() >= _MANY_WEIGHTS:
+            weights.copy_(weights.half().float())
+
+
+def _halve_weights(graph: bytes) -> bytes:
+    """Store the weights that `_round_weights` has rounded in half precision: nothing is lost, and half the size.
+
+    The graph turns them back into single precision, once, when it is loaded.
+    """
+    model = onnx.load_model_from_string(graph)
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < _MANY_WEIGHTS:
+            continue
+        name = tensor.name
+        half = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}_half"))
+        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model.SerializeToString()
 
 
 def _check_agreement(path: Path, module: torch.nn.Module, decoder: torch.nn.Module, metadata) -> float:
@@ -239,6 +271,9 @@ def export_network(
     deblender = Deblender(module.encoder, module.decoder).eval().float()
     # channels_last is for training; the graph is written in the plain layout.
     deblender = deblender.to(memory_format=torch.contiguous_format)
+    if module.convolutional:
+        # Trained in bfloat16, with fewer digits still. The sums of Gaussians are small enough as they are.
+        _round_weights(deblender)
     survey, size = scenes.survey, config.scene.cutout_size
     b, length = len(config.bands), config.network.latent_size
     text = _config_text(config)
@@ -281,7 +316,9 @@ def export_network(
         )
         decoder_graph = _to_onnx(deblender.decoder, (torch.randn(3, length),), ["latent"], ["model"])
         graphs = {"deblender": graph, "decoder": decoder_graph}
-        if not module.convolutional:
+        if module.convolutional:
+            graphs = {kind: _halve_weights(graph) for kind, graph in graphs.items()}
+        else:
             line = torch.arange(8.0)
             example = torch.randn(3, length), examples["psf_moments"], line, torch.arange(6.0)
             jacobian = DecoderJacobian(deblender.decoder)
