@@ -122,22 +122,21 @@ def test_interrupted_training_goes_on(trained, tmp_path):
     config, where, _ = trained
     short = _small_config()
     options = dict(accelerator="cpu", workers=0, progress=False)
-    short.prior.samples = 32 * 10
-    fit_step(short, "prior", where / "data", tmp_path, **options)
-    # What an interruption leaves: the last checkpoint without the final one.
-    (tmp_path / "prior" / "final.ckpt").unlink()
-    short.prior.samples = 32 * 20
-    fit_step(short, "prior", where / "data", tmp_path, **options)
-    state = torch.load(tmp_path / "prior" / "final.ckpt", weights_only=True)
-    assert state["global_step"] == 20
-    second = tmp_path / "prior" / "version_1" / "metrics.csv"
-    with open(second, newline="") as stream:
-        steps = [int(row["step"]) for row in csv.DictReader(stream)]
-    assert min(steps) >= 10
+    final = tmp_path / "prior" / "final.ckpt"
+    # More than once: each time from where the last one was left, not the first.
+    for run, steps in enumerate((10, 20, 30)):
+        # What an interruption leaves: the last checkpoint without the final one.
+        final.unlink(missing_ok=True)
+        short.prior.samples = 32 * steps
+        fit_step(short, "prior", where / "data", tmp_path, **options)
+        assert torch.load(final, weights_only=True)["global_step"] == steps
+        with open(tmp_path / "prior" / f"version_{run}" / "metrics.csv", newline="") as stream:
+            logged = [int(row["step"]) for row in csv.DictReader(stream)]
+        assert min(logged) >= steps - 10
     # A finished step is not run again.
-    before = (tmp_path / "prior" / "final.ckpt").stat().st_mtime_ns
+    before = final.stat().st_mtime_ns
     fit_step(short, "prior", where / "data", tmp_path, **options)
-    assert (tmp_path / "prior" / "final.ckpt").stat().st_mtime_ns == before
+    assert final.stat().st_mtime_ns == before
 
 
 def test_deblender_needs_its_prior(trained, tmp_path):

@@ -114,7 +114,7 @@ def _round_weights(module: torch.nn.Module) -> None:
 
 
 def _halve_weights(graph: bytes) -> bytes:
-    """Store the weights that `_round_weights` has rounded in half precision: nothing is lost, and half the size.
+    """Store the weights that `_round_weights` has rounded in half precision: nothing is lost by it.
 
     The graph turns them back into single precision, once, when it is loaded.
     """

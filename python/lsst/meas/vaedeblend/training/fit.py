@@ -375,7 +375,12 @@ def fit_step(
         logger=CSVLogger(run, name=None),
         callbacks=[
             ModelCheckpoint(
-                dirpath=run, save_last=True, save_top_k=0, every_n_train_steps=settings.validation_every
+                dirpath=run,
+                save_last=True,
+                save_top_k=0,
+                every_n_train_steps=settings.validation_every,
+                # A resumed run would leave last.ckpt alone and write last-v1.ckpt, which nothing resumes.
+                enable_version_counter=False,
             ),
             LearningRateMonitor("step"),
         ],
