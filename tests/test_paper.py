@@ -65,7 +65,7 @@ def _write(directory: Path, name: str, bands: tuple[str, ...]) -> Path:
         frame={"type": "observed", "fwhm": dict.fromkeys(bands, 0.65)},
         centre=(31.5, 31.5),
         training_range={},
-        training={},
+        training={"samples": {"prior": 5000, "deblender": 7000}, "base": "another"},
         figures_of_merit={},
         licence="GPL-3.0-or-later",
     )
@@ -183,9 +183,13 @@ def test_report_with_everything(artefacts, shared, tmp_path):
     assert [f for f in figures if f"<h2>Figure {f}</h2>" not in text] == []
     assert "Calibration" in text and text.count("<img") == len(figures) + 1
     assert "What is missing" not in text
+    for name in ("arcelin2020_lsst", "arcelin2020_lsst_prior", "arcelin2020_transfer"):
+        line = f"Samples in the training of {name}: prior 5000, deblender 7000, from the weights of another."
+        assert text.count(line) == 1
 
 
-def test_report_says_what_is_missing(artefacts, tmp_path):
+def test_report_says_what_is_missing(artefacts, tmp_path, monkeypatch):
+    monkeypatch.setattr("lsst.meas.vaedeblend.network._ARTEFACTS", tmp_path / "nothing ships")
     (tmp_path / "some").mkdir()
     for path in artefacts.glob("arcelin2020_lsst.onnx"):
         shutil.copy(path, tmp_path / "some")

@@ -7,9 +7,12 @@ import os
 
 config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst.py"))
 config.name = "arcelin2020_decentred_peaks"
+config.base = "arcelin2020_lsst"
 config.blend.decentring = "peaks"
 config.population.stamp_size = 128
 # Four times the pixels of the centred banks.
-config.population.n_train = 15_000
-config.prior.samples = 150_000
-config.deblender.samples = 300_000
+config.population.n_train = 10_000
+config.population.n_validation = config.population.n_test = 1500
+config.prior.samples = 20_000
+config.deblender.samples = 40_000
+config.prior.learning_rate = config.deblender.learning_rate = 5e-4

@@ -7,8 +7,12 @@ import os
 
 config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst.py"))
 config.name = "arcelin2020_decentred_uniform"
+config.base = "arcelin2020_lsst"
 config.blend.decentring = "uniform"
 # Shifts are made in Fourier space: what leaves a stamp comes back on the other side, not in the cutout.
 config.population.stamp_size = 96
-config.prior.samples = 150_000
-config.deblender.samples = 300_000
+config.population.n_train = 12_000
+config.population.n_validation = config.population.n_test = 1500
+config.prior.samples = 20_000
+config.deblender.samples = 40_000
+config.prior.learning_rate = config.deblender.learning_rate = 5e-4

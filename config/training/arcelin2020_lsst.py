@@ -21,7 +21,7 @@ config.population.star_fraction = 0.0
 config.population.stamp_size = 64
 config.scene.cutout_size = 64
 for step in (config.prior, config.deblender):
-    step.samples = 600_000
+    step.samples = 160_000
     step.batch_size = 32
     step.validation_batches = 32
     step.validation_every = 1000

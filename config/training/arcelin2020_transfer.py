@@ -11,9 +11,12 @@ import os
 
 config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst_euclid.py"))
 config.name = "arcelin2020_transfer"
+config.base = "arcelin2020_lsst_euclid"
 config.population.real_catalogue = os.environ.get(
     "VAEDEBLEND_REAL_CATALOGUE", "real_galaxy_catalog_25.2.fits"
 )
 config.population.real_fraction = 0.2
-config.deblender.samples = 100_000
+config.population.n_train = 6000
+config.population.n_validation = config.population.n_test = 600
+config.deblender.samples = 40_000
 config.deblender.learning_rate = 3e-4

@@ -69,6 +69,10 @@ class _Report:
     missing: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
     def row(self, name: str, paper: float | str | None, ours: float, error: float | None = None) -> None:
         self.rows.append({"name": name, "paper": paper, "ours": _number(ours), "error": _number(error)})
 
@@ -172,6 +176,8 @@ class _Evaluation:
                 found[key] = Network.load(path, threads=self.threads)
             except NetworkError as error:
                 self.report.missing.append(f"{name}: {error}")
+            else:
+                self.report.note(_training_length(found[key]))
         return found
 
     def add(self, title: str, text: str, figure: Figure) -> None:
@@ -308,7 +314,7 @@ class _Evaluation:
             return
         galaxies = MAX_REAL if self.galaxies is None else min(self.galaxies, MAX_REAL)
         maker = SampleMaker(config, galaxies, real=True, seed=self.seed)
-        self.report.notes.append(
+        self.report.note(
             f"The real test sample has {len(set(maker.population.source_id))} different galaxies."
         )
         sample = maker.run(networks, self.samples, examples=6)
@@ -339,6 +345,14 @@ class _Evaluation:
         titles = {t: n for t, n in titles.items() if n in networks}
         figure = draw.transfer_examples(sample, titles, maker.survey.band_names)
         self.add("Figure B1", "Real galaxies, before and after training on some.", figure)
+
+
+def _training_length(network: Network) -> str:
+    """What the paper does not say of its own networks."""
+    training = network.metadata.training
+    samples = ", ".join(f"{step} {n}" for step, n in training.get("samples", {}).items()) or "unknown"
+    start = f", from the weights of {training['base']}" if training.get("base") else ""
+    return f"Samples in the training of {network.metadata.name}: {samples}{start}."
 
 
 def _bright(sample: PaperSample, network: str) -> tuple[PaperSample, str]:

@@ -100,6 +100,9 @@ class TrainingConfig(Config):
     """Everything that makes a network."""
 
     name = Field[str]("Name of the network, and of its files.", default="network")
+    base = Field[str](
+        "Name of the network from whose weights the training starts (--initial), for the card.", optional=True
+    )
     survey = Field[str](
         'Survey: a name that surveycodex knows, or several joined by "+", whose bands share one network.',
         default="LSST",

@@ -294,6 +294,7 @@ def export_network(
             "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "git_commit": _git_commit(),
             "samples": {"prior": config.prior.samples, "deblender": config.deblender.samples},
+            "base": config.base,
             "description": _describe(config),
             "command": command,
         },
@@ -384,6 +385,7 @@ def _describe(config: TrainingConfig) -> str:
 def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
     """Write the card of a network: what it is, what it was trained on, what was measured, and how."""
     m, t = metadata, metadata.training
+    base = f"{t['base']}, then " if t.get("base") else ""
     noise = ", ".join(f"{b} {lo:.2g}-{hi:.2g}" for b, (lo, hi) in m.training_range["noise"].items())
     narrow, wide = m.training_range["psf_fwhm"]
     size, pixel = m.cutout_size, [int(c) if c == int(c) else c for c in m.centre]
@@ -404,7 +406,7 @@ def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
         f"| model frame | {frame} |",
         f"| PSF FWHM in training | {narrow:g} to {wide:g} arcsec |",
         f"| noise in training (nJy per pixel) | {noise} |",
-        f"| samples | prior {t['samples']['prior']}, deblender {t['samples']['deblender']} |",
+        f"| samples | {base}prior {t['samples']['prior']}, deblender {t['samples']['deblender']} |",
         f"| training configuration (sha256) | {t['config_sha256']} |",
         f"| code | {t['git_commit']} |",
         f"| licence | {m.licence} |",
