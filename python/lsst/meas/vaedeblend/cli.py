@@ -257,7 +257,7 @@ def injection(directory: Path, out: Path, network: str, per_blend: int, seed: in
 )
 @click.option("--artefacts", type=_DIRECTORY, help="Directory of networks, before those that ship.")
 @click.option("--real-catalogue", type=_CONFIG, help="File of a galsim.RealGalaxyCatalog.")
-@click.option("--samples", default=4000, show_default=True, help="Images of each test sample.")
+@click.option("--samples", default=3000, show_default=True, help="Images of each test sample.")
 @click.option("--galaxies", type=int, help="Galaxies of each test sample, if fewer than the configuration's.")
 @click.option("--draws", default=10_000, show_default=True, help="Draws from the posterior of one image.")
 @click.option("--threads", default=1, show_default=True, help="Threads of onnxruntime; 0: all.")

@@ -88,7 +88,7 @@ def evaluate_paper(
     configs: str | os.PathLike[str] = "config/training",
     artefacts: str | os.PathLike[str] | None = None,
     real_catalogue: str | os.PathLike[str] | None = None,
-    samples: int = 4000,
+    samples: int = 3000,
     galaxies: int | None = None,
     draws: int = 10_000,
     threads: int = 1,
