@@ -18,5 +18,5 @@ config.population.real_catalogue = os.environ.get(
 config.population.real_fraction = 0.2
 config.population.n_train = 6000
 config.population.n_validation = config.population.n_test = 600
-config.deblender.samples = 40_000
+config.deblender.samples = 24_000
 config.deblender.learning_rate = 3e-4
