@@ -8,11 +8,13 @@ import lsst.meas.vaedeblend.artefacts
 import numpy as np
 import pytest
 from lsst.meas.vaedeblend.deblender import DeblendConfig, deblend
-from lsst.meas.vaedeblend.evaluation.metrics import match
+from lsst.meas.vaedeblend.evaluation import paper
+from lsst.meas.vaedeblend.evaluation.metrics import match, shear_bias
+from lsst.meas.vaedeblend.evaluation.paper_sample import SampleMaker
 from lsst.meas.vaedeblend.evaluation.patch import simulate_patch
 from lsst.meas.vaedeblend.network import load_network, shipped_networks
 from lsst.meas.vaedeblend.scene import Parent
-from lsst.meas.vaedeblend.training.config import TrainingConfig
+from lsst.meas.vaedeblend.training.config import TrainingConfig, load_config
 
 DIRECTORY = Path(lsst.meas.vaedeblend.artefacts.__file__).parent
 SURVEYS = {"lsst_ugrizy": ("LSST", "ugrizy", 0.2), "hsc_grizy": ("HSC", "grizy", 0.168)}
@@ -36,6 +38,28 @@ def test_files_are_documented_and_of_bounded_size(name):
     for path in DIRECTORY.glob(f"{name}*.onnx"):
         assert path.stat().st_size < 25e6
         assert b'File "' not in path.read_bytes()
+
+
+def test_the_papers_networks_ship():
+    """All that `vaedeblend evaluate paper` needs."""
+    names = {case.config for case in paper.CASES.values()} | {"arcelin2020_lsst", *paper.PRIORS.values()}
+    assert names <= set(shipped_networks())
+    assert len(names) == 7
+
+
+def test_the_papers_network_keeps_the_shape_of_the_brightest_galaxy():
+    """Blends of galaxies that no training has seen: the central one comes out, with shape and colours."""
+    config = load_config(Path(__file__).parents[1] / "config" / "training" / "arcelin2020_lsst.py")
+    network = load_network("arcelin2020_lsst", threads=1, bands=config.bands, pixel_scale=0.2)
+    maker = SampleMaker(config, 60, seed=3)
+    sample = maker.run({"network": network}, 300)
+    bias = shear_bias(sample.shape, sample.outputs["network"].shape, np.random.default_rng(0))
+    # A network that draws every galaxy round has -1, one that draws the whole blend hundreds of percent.
+    assert -0.35 < bias.mean < 0.1
+    bright = sample.snr > 50
+    assert bright.sum() > 50
+    assert np.abs(np.median(sample.mag_error("network")[bright])) < 0.2
+    assert np.median(np.abs(sample.shape_error("network")[bright])) < 0.1
 
 
 @pytest.mark.parametrize("name", SURVEYS)
