@@ -350,7 +350,8 @@ class _Evaluation:
 def _training_length(network: Network) -> str:
     """What the paper does not say of its own networks."""
     training = network.metadata.training
-    samples = ", ".join(f"{step} {n}" for step, n in training.get("samples", {}).items()) or "unknown"
+    steps = sorted(training.get("samples", {}).items(), reverse=True)
+    samples = ", ".join(f"{step} {n}" for step, n in steps) or "unknown"
     start = f", from the weights of {training['base']}" if training.get("base") else ""
     return f"Samples in the training of {network.metadata.name}: {samples}{start}."
 
