@@ -19,6 +19,7 @@ from lsst.meas.vaedeblend.training.convolutional import (
     BETA,
     ConvolutionalDecoder,
     ConvolutionalEncoder,
+    _PReLU,
     denormalise,
     normalise,
 )
@@ -278,6 +279,22 @@ def test_signals_keep_their_size_through_fresh_networks():
     # The drawing itself starts as sky, nearly the same everywhere.
     logits = decoder.logits(torch.randn(4, 32))
     assert -6.0 < logits.mean() < -4.0 and logits.std() < 1.0
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_rectifier_has_the_gradient_of_its_definition(order):
+    """max(0, x) + slope min(0, x), whatever the order of the pixels in memory."""
+    torch.manual_seed(7)
+    layer = _PReLU(3, 4, 4).double()
+    layer.weight.data.normal_()
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float64).contiguous(memory_format=order).requires_grad_()
+    direction = torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    found = layer(x)
+    expected = x.clamp(min=0) + layer.weight * x.clamp(max=0)
+    torch.testing.assert_close(found, expected)
+    ours = torch.autograd.grad((found * direction).sum(), [x, layer.weight])
+    theirs = torch.autograd.grad((expected * direction).sum(), [x, layer.weight])
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_normalisation_is_equation_4():

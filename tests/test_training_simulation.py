@@ -157,6 +157,20 @@ def test_targets_sit_in_the_central_pixel(bank, lsst):
     assert batch.image.shape == batch.target.shape == (64, 6, 64, 64)
 
 
+@pytest.mark.parametrize("power, low, high", [(0.0, 0.0, 0.3), (5.0, 0.6, 1.0)])
+def test_clusters_form_about_bright_sources_if_wanted(bank, lsst, power, low, high):
+    """Most sources are placed 1.5 pixels from a host: with a large power the host is the brightest one."""
+    config = _quiet_config()
+    config.clustered_fraction, config.cluster_scale, config.host_flux_power = 0.8, 1e-6, power
+    config.density_range = [100.0, 101.0]
+    rng = np.random.default_rng(15)
+    composer = SceneComposer(bank, PsfBank(config, 0.2, rng), lsst, config, rng)
+    rows, x, y = composer._place()
+    near = np.hypot(x[:, None] - x, y[:, None] - y) < 5
+    assert len(rows) > 30
+    assert low <= near.mean(axis=1).max() <= high
+
+
 def test_noise_has_the_depth_it_states(bank, lsst):
     config = _quiet_config()
     config.density_range = [1.0, 1.01]

@@ -350,10 +350,10 @@ class _Evaluation:
 def _training_length(network: Network) -> str:
     """What the paper does not say of its own networks."""
     training = network.metadata.training
-    steps = sorted(training.get("samples", {}).items(), reverse=True)
-    samples = ", ".join(f"{step} {n}" for step, n in steps) or "unknown"
+    samples = training.get("samples", {})
+    known = [f"{step} {samples[step]}" for step in ("prior", "deblender") if step in samples]
     start = f", from the weights of {training['base']}" if training.get("base") else ""
-    return f"Samples in the training of {network.metadata.name}: {samples}{start}."
+    return f"Samples in the training of {network.metadata.name}: {', '.join(known) or 'unknown'}{start}."
 
 
 def _bright(sample: PaperSample, network: str) -> tuple[PaperSample, str]:

@@ -45,6 +45,24 @@ def denormalise(logit: Tensor, scale: Tensor) -> Tensor:
     return y * (scale / BETA)[:, None, None]
 
 
+class _Rectifier(torch.autograd.Function):
+    """`functional.prelu` of flattened maps, whose gradient takes processors a fifth of the library's time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(x, slope)
+        return functional.prelu(x, slope)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, slope = ctx.saved_tensors
+        positive = torch.ops.aten.threshold_backward(gradient, x, 0.0)
+        negative = gradient - positive
+        by_x = torch.addcmul(positive, negative, slope) if ctx.needs_input_grad[0] else None
+        by_slope = (negative * x).sum(0) if ctx.needs_input_grad[1] else None
+        return by_x, by_slope
+
+
 class _PReLU(nn.Module):
     """Parametric rectifier with a slope for every unit, as Keras has it: what figure 2's counts include."""
 
@@ -54,7 +72,15 @@ class _PReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # torch knows one slope per channel: units as channels are much faster than arithmetic on whole maps.
-        return functional.prelu(x.flatten(1), self.weight.flatten().to(x.dtype)).view(x.shape)
+        slope = self.weight.to(x.dtype)
+        if torch.compiler.is_exporting():
+            return functional.prelu(x.flatten(1), slope.flatten()).view(x.shape)
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            # In the order of memory, which flattens without a copy.
+            x, slope = x.permute(0, 2, 3, 1), slope.permute(1, 2, 0)
+            y = _Rectifier.apply(x.flatten(1), slope.flatten()).view(x.shape)
+            return y.permute(0, 3, 1, 2)
+        return _Rectifier.apply(x.flatten(1), slope.flatten()).view(x.shape)
 
 
 def _initialise(network: nn.Module) -> None:

@@ -70,6 +70,11 @@ class SceneConfig(Config):
     cluster_scale = Field[float](
         "Scale of the exponential distance of clustered sources, arcsec.", default=1.0
     )
+    host_flux_power = Field[float](
+        "Hosts of clustered sources are drawn with probabilities proportional to this power of their flux: 0 "
+        "prefers none, larger numbers put more faint sources into the light of bright ones.",
+        default=0.3,
+    )
     psf_fwhm_range = ListField[float](
         "Full width at half maximum of the PSF, arcsec, uniform between these.", default=[0.5, 1.2], length=2
     )
@@ -258,35 +263,43 @@ class SceneComposer:
                 yield joined[:size]
                 parts, have = [joined[size:]], have - size
 
-    def _place(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (x, y) of the sources of a field; margins included, so that light leaks in from outside."""
+    def _place(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sources of a field, as rows of the bank, and their pixels (x, y).
+
+        Margins are included, so that light leaks in from outside.
+        """
         rng, c = self.rng, self.config
         if self.isolated:
             step = c.cutout_size
             start = (c.field_size - (c.field_size // step - 1) * step) // 2
             line = start + step * np.arange(c.field_size // step)
             x, y = (a.ravel() for a in np.meshgrid(line, line))
-            return x, y
+            return rng.integers(0, len(self.bank), len(x)), x, y
         side = c.field_size + 16
         area = (side * self.survey.pixel_scale / 60) ** 2
         density = np.exp(rng.uniform(*np.log(c.density_range)))
         n = max(2, rng.poisson(density * area))
+        rows = rng.integers(0, len(self.bank), n)
         x, y = rng.integers(-8, c.field_size + 8, (2, n))
-        near = np.flatnonzero(rng.random(n) < c.clustered_fraction)
-        host = rng.integers(0, n, len(near))
+        clustered = rng.random(n) < c.clustered_fraction
+        # Hosts stay where they are, or what was put next to them would be left alone.
+        near, hosts = np.flatnonzero(clustered), np.flatnonzero(~clustered)
+        if not len(hosts):
+            return rows, x, y
+        preference = self._total_flux[rows[hosts]].sum(axis=1) ** c.host_flux_power
+        host = rng.choice(hosts, len(near), p=preference / preference.sum())
         distance = rng.exponential(c.cluster_scale / self.survey.pixel_scale, len(near)) + 1.5
         angle = rng.random(len(near)) * 2 * np.pi
         x[near] = np.rint(x[host] + distance * np.cos(angle))
         y[near] = np.rint(y[host] + distance * np.sin(angle))
-        return x, y
+        return rows, x, y
 
     def field(self) -> Cutouts:
         """Compose one field and cut out its targets; may hold no sample at all."""
         rng, c, bank = self.rng, self.config, self.bank
         size, half, nb = c.field_size, c.cutout_size // 2, len(bank.bands)
-        x, y = self._place()
+        rows, x, y = self._place()
         n = len(x)
-        rows = rng.integers(0, len(bank), n)
         turns = rng.integers(0, 8, n)
         psf_index = rng.integers(0, len(self.psfs.moments), nb)
         depth = np.exp(rng.uniform(*np.log(c.noise_range)) + c.noise_band_scatter * rng.standard_normal(nb))
