@@ -143,7 +143,7 @@ class VaeModule(lightning.LightningModule):
         self.encoder, self.decoder = build_networks(bands, size, config.network)
         self.convolutional = config.network.architecture == "convolutional"
         if self.convolutional:
-            # With the channels of a pixel side by side, convolutions on processors are a seventh faster.
+            # Convolutions on processors are faster with the channels of a pixel side by side.
             self.to(memory_format=torch.channels_last)
         if step == "deblender":
             self.decoder.requires_grad_(False)
