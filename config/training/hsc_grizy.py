@@ -16,9 +16,3 @@ config.network.rungs = 6
 config.network.free_gaussians = 6
 config.prior.samples = 400_000
 config.deblender.samples = 850_000
-# Small batches: steps count for more than their smoothness (doc/experiments/008).
-for step in (config.prior, config.deblender):
-    step.batch_size = 64
-    step.validation_batches = 32
-    step.validation_every = 500
-    step.learning_rate = 1e-3

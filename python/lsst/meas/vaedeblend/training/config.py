@@ -78,16 +78,17 @@ class FitConfig(Config):
     """One of the two steps of the training."""
 
     samples = Field[int]("Training samples.", default=300000)
-    batch_size = Field[int]("Samples per step and process.", default=256)
+    # Small batches: the number of steps counts for more than their smoothness (doc/experiments/008).
+    batch_size = Field[int]("Samples per step and process.", default=64)
     learning_rate = Field[float](
-        "Peak learning rate of AdamW, after warm-up and before cosine decay.", default=2e-3
+        "Peak learning rate of AdamW, after warm-up and before cosine decay.", default=1e-3
     )
     weight_decay = Field[float]("Weight decay of AdamW.", default=1e-3)
     gradient_clip = Field[float]("Largest norm of the gradient.", default=5.0)
     kl_weight = Field[float]("Beta, the weight of the Kullback-Leibler divergence.", default=0.02)
     flux_weight = Field[float]("Weight of the flux term.", default=0.3)
-    validation_batches = Field[int]("Batches of the fixed validation sample.", default=8)
-    validation_every = Field[int]("Steps between validations.", default=200)
+    validation_batches = Field[int]("Batches of the fixed validation sample.", default=32)
+    validation_every = Field[int]("Steps between validations.", default=500)
     precision = ChoiceField[str](
         "Arithmetic of the networks; bfloat16 is several times faster on processors that have it.",
         default="bf16-mixed",

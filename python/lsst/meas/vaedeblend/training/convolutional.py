@@ -46,7 +46,7 @@ def denormalise(logit: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Rectifier(torch.autograd.Function):
-    """`functional.prelu` of flattened maps, with a gradient that the library computes slowly on processors."""
+    """`functional.prelu` of flattened maps, whose gradient the library computes slowly on processors."""
 
     @staticmethod
     def forward(ctx, x: Tensor, slope: Tensor) -> Tensor:
