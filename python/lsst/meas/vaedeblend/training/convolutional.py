@@ -72,15 +72,14 @@ class _PReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # torch knows one slope per channel: units as channels are much faster than arithmetic on whole maps.
-        slope = self.weight.to(x.dtype)
-        if torch.compiler.is_exporting():
-            return functional.prelu(x.flatten(1), slope.flatten()).view(x.shape)
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        slope, exporting = self.weight.to(x.dtype), torch.compiler.is_exporting()
+        rectify = functional.prelu if exporting else _Rectifier.apply
+        last = not exporting and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        if last:
             # In the order of memory, which flattens without a copy.
             x, slope = x.permute(0, 2, 3, 1), slope.permute(1, 2, 0)
-            y = _Rectifier.apply(x.flatten(1), slope.flatten()).view(x.shape)
-            return y.permute(0, 3, 1, 2)
-        return _Rectifier.apply(x.flatten(1), slope.flatten()).view(x.shape)
+        y = rectify(x.flatten(1), slope.flatten()).view(x.shape)
+        return y.permute(0, 3, 1, 2) if last else y
 
 
 def _initialise(network: nn.Module) -> None:

@@ -142,9 +142,6 @@ class VaeModule(lightning.LightningModule):
         bands, size = len(config.bands), config.scene.cutout_size
         self.encoder, self.decoder = build_networks(bands, size, config.network)
         self.convolutional = config.network.architecture == "convolutional"
-        if self.convolutional:
-            # Convolutions on processors are faster with the channels of a pixel side by side.
-            self.to(memory_format=torch.channels_last)
         if step == "deblender":
             self.decoder.requires_grad_(False)
         self.reference = config.bands.index(reference_band(config.bands))
