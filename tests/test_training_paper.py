@@ -26,7 +26,7 @@ from lsst.meas.vaedeblend.training.convolutional import (
 from lsst.meas.vaedeblend.training.export import export_network
 from lsst.meas.vaedeblend.training.fit import VaeModule, fit_step
 from lsst.meas.vaedeblend.training.galaxies import galaxy_profile
-from lsst.meas.vaedeblend.training.losses import bernoulli_loss
+from lsst.meas.vaedeblend.training.losses import bernoulli_loss, logarithmic
 from lsst.meas.vaedeblend.training.simulate import draw_sources, make_banks, sample_banks, survey_of
 
 CONFIGS = Path(__file__).parents[1] / "config" / "training"
@@ -315,6 +315,35 @@ def test_bernoulli_loss_by_hand():
     terms = bernoulli_loss(logits, target, torch.ones(1, 1), torch.ones(1, 1), kl_weight=0.01)
     assert terms.total.item() == pytest.approx(np.log(2) + 0.005, rel=1e-5)
     assert terms.kl.item() == pytest.approx(0.5)
+
+
+def test_large_losses_count_by_their_logarithm():
+    """knee log(1 + L / knee): slope 1 for small losses, knee / (knee + L) for others."""
+    loss = torch.tensor([1e-6, 2.0, 18.0], dtype=torch.float64, requires_grad=True)
+    value = logarithmic(loss, 2.0)
+    assert value.tolist() == pytest.approx([1e-6, 2 * np.log(2), 2 * np.log(10)], rel=1e-6)
+    value.sum().backward()
+    assert loss.grad.tolist() == pytest.approx([1.0, 0.5, 0.1], rel=1e-6)
+
+
+def test_knee_of_the_loss_is_that_of_the_training_step():
+    config = _config("arcelin2020_lsst")
+    pixels = torch.rand(2, 6, 64, 64, generator=torch.Generator().manual_seed(1))
+    batch = {"image": pixels, "target": pixels, "valid": torch.ones(2, 6, 64, 64)}
+    batch |= {"noise": torch.ones(2, 6), "psf_moments": torch.ones(2, 6, 3)}
+    values = {}
+    for knee in (None, 5.0):
+        config.prior.loss_knee = knee
+        torch.manual_seed(3)
+        module = VaeModule(config, "prior", torch.zeros(0))
+        module.log = lambda *args, **kwargs: None
+        values[knee] = module.training_step(batch, 0).item()
+        torch.manual_seed(4)
+        losses = module._forward(batch, sample=True)[0].total.detach()
+        torch.manual_seed(4)
+        expected = losses.mean() if knee is None else (5 * torch.log1p(losses / 5)).mean()
+        assert module.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert values[5.0] < values[None]
 
 
 @pytest.fixture(scope="module")

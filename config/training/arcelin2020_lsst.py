@@ -21,11 +21,13 @@ config.population.star_fraction = 0.0
 config.population.stamp_size = 64
 config.scene.cutout_size = 64
 for step in (config.prior, config.deblender):
-    step.samples = 160_000
+    step.samples = 102_400
     step.batch_size = 32
     step.validation_batches = 32
     step.validation_every = 1000
+    step.optimizer = "muon"
     step.learning_rate = 1e-3
     step.weight_decay = 0.0
+    step.loss_knee = 30.0
     step.kl_weight = 0.01
     step.gradient_clip = 1000.0

@@ -80,12 +80,24 @@ class FitConfig(Config):
     samples = Field[int]("Training samples.", default=300000)
     # Small batches: the number of steps counts for more than their smoothness (doc/experiments/008).
     batch_size = Field[int]("Samples per step and process.", default=64)
-    learning_rate = Field[float](
-        "Peak learning rate of AdamW, after warm-up and before cosine decay.", default=1e-3
+    optimizer = ChoiceField[str](
+        "What turns gradients into steps.",
+        default="adamw",
+        allowed={
+            "adamw": "every number by its own scale",
+            "muon": "weight matrices by orthogonalised momentum, all else as AdamW",
+        },
     )
-    weight_decay = Field[float]("Weight decay of AdamW.", default=1e-3)
+    learning_rate = Field[float]("Peak learning rate, after warm-up and before cosine decay.", default=1e-3)
+    weight_decay = Field[float]("Decoupled weight decay.", default=1e-3)
     gradient_clip = Field[float]("Largest norm of the gradient.", default=5.0)
     kl_weight = Field[float]("Beta, the weight of the Kullback-Leibler divergence.", default=0.02)
+    loss_knee = Field[float](
+        "Loss of a sample above which it counts by its logarithm, so that few bright sources do not rule; none: "
+        "in proportion.",
+        optional=True,
+        check=lambda x: x > 0,
+    )
     flux_weight = Field[float]("Weight of the flux term.", default=0.3)
     validation_batches = Field[int]("Batches of the fixed validation sample.", default=32)
     validation_every = Field[int]("Steps between validations.", default=500)

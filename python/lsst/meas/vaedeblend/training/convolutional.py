@@ -16,6 +16,9 @@ BETA = 2.5
 WIDTHS = (32, 64, 128, 256)
 HIDDEN = 256
 
+_SLOPE = 0.3
+"""First slope of the rectifiers. With 0 every layer makes all images more alike, and colours are lost on the way."""
+
 _MAX_LOGIT = 14.0
 """Decoded pixels reach 1 - 1e-6, some 250 times the mean maximum; beyond, float32 has no digits left."""
 
@@ -68,7 +71,7 @@ class _PReLU(nn.Module):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
+        self.weight = nn.Parameter(torch.full(shape, _SLOPE))
 
     def forward(self, x: Tensor) -> Tensor:
         # torch knows one slope per channel: units as channels are much faster than arithmetic on whole maps.
@@ -94,7 +97,7 @@ def _initialise(network: nn.Module) -> None:
             if isinstance(layer, nn.ConvTranspose2d):
                 # Weights are (in, out, ...), and a stride spreads the kernel over several pixels.
                 inputs = layer.weight[:, 0].numel() / layer.stride[0] ** 2
-            nn.init.normal_(layer.weight, std=(2.0 / inputs) ** 0.5)
+            nn.init.normal_(layer.weight, std=(2.0 / (1.0 + _SLOPE**2) / inputs) ** 0.5)
             nn.init.zeros_(layer.bias)
 
 

@@ -24,8 +24,9 @@ from .blends import BlendBanks, BlendComposer
 from .config import FitConfig, TrainingConfig
 from .convolutional import normalise
 from .galaxies import GalaxyBank
-from .losses import LossTerms, bernoulli_loss, evidence_loss
+from .losses import LossTerms, bernoulli_loss, evidence_loss, logarithmic
 from .networks import build_networks
+from .optimizer import Muon
 from .scenes import PsfBank, SceneComposer
 from .simulate import bank_paths, survey_of
 
@@ -189,10 +190,11 @@ class VaeModule(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         terms, _, _ = self._forward(batch, sample=True)
-        loss = terms.total.mean()
-        self.log("loss", loss, prog_bar=True)
+        # The log shows the loss itself whatever the optimiser gets.
+        self.log("loss", terms.total.mean(), prog_bar=True)
         self.log("kl", terms.kl.mean())
-        return loss
+        knee = self.fit.loss_knee
+        return (terms.total if knee is None else logarithmic(terms.total, knee)).mean()
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         terms, log_flux, morphology = self._forward(batch, sample=False)
@@ -212,14 +214,20 @@ class VaeModule(lightning.LightningModule):
         self.log("val_cosine", cosine[bright].float().mean(), prog_bar=True, batch_size=n)
         self.log("val_flux_error", flux_error.median(), prog_bar=True, batch_size=n)
         for i in (0, 1):
-            slope = (e_truth[:, i] * e_model[:, i]).sum() / e_truth[:, i].square().sum().clamp(min=1e-12)
-            self.log(f"val_response_e{i + 1}", slope.float(), prog_bar=True, batch_size=n)
+            response = _response(e_model[:, [i]], e_truth[:, [i]])
+            self.log(f"val_response_e{i + 1}", response.float(), prog_bar=True, batch_size=n)
+        colour_response = _response(
+            log_flux[bright].diff(dim=1), batch["target_flux"][bright].clamp(min=1e-3).log().diff(dim=1)
+        )
+        self.log("val_response_colour", colour_response, prog_bar=True, batch_size=n)
 
     def configure_optimizers(self):
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.fit.learning_rate, weight_decay=self.fit.weight_decay, fused=True
-        )
+        options = {"lr": self.fit.learning_rate, "weight_decay": self.fit.weight_decay}
+        if self.fit.optimizer == "muon":
+            optimizer = Muon(parameters, dtype=self._autocast or torch.float32, **options)
+        else:
+            optimizer = torch.optim.AdamW(parameters, fused=True, **options)
         total = max(1, int(self.trainer.estimated_stepping_batches))
         warm = max(1, min(200, total // 10))
 
@@ -234,6 +242,12 @@ class VaeModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         if self.step == "deblender":
             self.decoder.eval()
+
+
+def _response(model: Tensor, truth: Tensor) -> Tensor:
+    """Slope of model on truth, (N, K), about the mean of each column; 0 where models do not follow at all."""
+    deviation = truth - truth.mean(dim=0)
+    return (deviation * model).sum() / deviation.square().sum().clamp(min=1e-12)
 
 
 def _ellipticity(images: Tensor) -> Tensor:

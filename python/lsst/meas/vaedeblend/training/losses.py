@@ -4,7 +4,15 @@
 
 from __future__ import annotations
 
-__all__ = ["LossTerms", "bernoulli_loss", "evidence_loss", "flux_loss", "kl_divergence", "shape_chi2"]
+__all__ = [
+    "LossTerms",
+    "bernoulli_loss",
+    "evidence_loss",
+    "flux_loss",
+    "kl_divergence",
+    "logarithmic",
+    "shape_chi2",
+]
 
 from typing import NamedTuple
 
@@ -129,3 +137,20 @@ def bernoulli_loss(
     kl = kl_divergence(mean, sigma)
     none = torch.zeros_like(kl)
     return LossTerms((cross - entropy).sum((1, 2, 3)) + kl_weight * kl, none, none, kl)
+
+
+def logarithmic(loss: Tensor, knee: float) -> Tensor:
+    """Let large losses count by their logarithm: knee log(1 + loss / knee), (N,).
+
+    The function grows with the loss, so what is best for each galaxy stays best, the balance of
+    reconstruction and divergence included. Only the weights of galaxies in a gradient change: in the mean of
+    a Bernoulli loss, a sum over pixels, few bright galaxies outweigh all others.
+
+    Parameters
+    ----------
+    loss : `torch.Tensor`, (N,)
+        Not negative.
+    knee : `float`
+        Loss above which the logarithm sets in.
+    """
+    return knee * torch.log1p(loss / knee)
