@@ -93,8 +93,8 @@ class FitConfig(Config):
     gradient_clip = Field[float]("Largest norm of the gradient.", default=5.0)
     kl_weight = Field[float]("Beta, the weight of the Kullback-Leibler divergence.", default=0.02)
     loss_knee = Field[float](
-        "Loss of a sample above which it counts by its logarithm, so that few bright sources do not rule; none: "
-        "in proportion.",
+        "Loss of a sample above which it counts by its logarithm, so that few bright sources do not rule; "
+        "none: in proportion.",
         optional=True,
         check=lambda x: x > 0,
     )

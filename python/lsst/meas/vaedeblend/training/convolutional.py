@@ -17,7 +17,7 @@ WIDTHS = (32, 64, 128, 256)
 HIDDEN = 256
 
 _SLOPE = 0.3
-"""First slope of the rectifiers. With 0 every layer makes all images more alike, and colours are lost on the way."""
+"""First slope of the rectifiers; with 0 every layer makes all images more alike (doc/experiments/009)."""
 
 _MAX_LOGIT = 14.0
 """Decoded pixels reach 1 - 1e-6, some 250 times the mean maximum; beyond, float32 has no digits left."""

@@ -63,8 +63,8 @@ class Muon(torch.optim.Optimizer):
     ----------
     parameters : iterable of `torch.nn.Parameter`
     lr : `float`
-        Learning rate of AdamW. Matrices move by steps of the same root mean square, 0.2 lr sqrt(max(M, N)) times
-        the orthogonal matrix (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+        Learning rate of AdamW. Matrices move by 0.2 lr sqrt(max(M, N)) times the orthogonal matrix, which has
+        the root mean square of AdamW's steps (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
     weight_decay : `float`, optional
         Decoupled, as in AdamW.
     dtype : `torch.dtype`, optional
