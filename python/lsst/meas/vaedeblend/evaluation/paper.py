@@ -458,6 +458,8 @@ def _html(report: _Report, samples: int) -> str:
         "Sky, zeropoints and filters are those of surveycodex and speclite; exposures are the paper's. "
         "The exponent of Euclid's Moffat PSF, which the paper does not give, is 2.5.",
         "Blends and noise are drawn anew for every step of the training, not from 100 000 fixed images.",
+        "Optimiser and first weights, which the paper does not give, are those of config/training; above "
+        "loss_knee, where a configuration has one, a galaxy counts by the logarithm of its loss.",
         "Networks are measured at the mean of the posterior, not at one draw from it.",
         f"Each test sample has {samples} images.",
         *report.notes,
