@@ -35,8 +35,12 @@ from .surveys import SurveyInfo
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
 
-MAX_RELATIVE_DIFFERENCE = 1e-4
-"""Largest difference of ONNX and torch that an export may show, relative to an output's largest value."""
+MAX_RELATIVE_DIFFERENCE = 3e-4
+"""Largest difference of ONNX and torch that an export may show, relative to an output's largest value.
+
+Nearly all of it is rounding in the paper's networks: pixels far above the scale of equation 4 are exponentials of
+half their logits, and sums of many terms round the logits of the brightest to some 1e-4.
+"""
 
 _MANY_WEIGHTS = 4096
 """Tensors with at least as many elements are worth storing in half precision."""
