@@ -38,8 +38,8 @@ _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
 MAX_RELATIVE_DIFFERENCE = 3e-4
 """Largest difference of ONNX and torch that an export may show, relative to an output's largest value.
 
-Nearly all of it is rounding in the paper's networks: pixels far above the scale of equation 4 are exponentials of
-half their logits, and sums of many terms round the logits of the brightest to some 1e-4.
+Nearly all of it is rounding in the paper's networks: pixels far above the scale of equation 4 are
+exponentials of half their logits, and sums of many terms round the logits of the brightest to some 1e-4.
 """
 
 _MANY_WEIGHTS = 4096
