@@ -24,7 +24,7 @@ from lsst.meas.vaedeblend.training.convolutional import (
     normalise,
 )
 from lsst.meas.vaedeblend.training.export import export_network
-from lsst.meas.vaedeblend.training.fit import VaeModule, fit_step
+from lsst.meas.vaedeblend.training.fit import VaeModule, _response, fit_step
 from lsst.meas.vaedeblend.training.galaxies import galaxy_profile
 from lsst.meas.vaedeblend.training.losses import bernoulli_loss, logarithmic
 from lsst.meas.vaedeblend.training.simulate import draw_sources, make_banks, sample_banks, survey_of
@@ -324,6 +324,14 @@ def test_large_losses_count_by_their_logarithm():
     assert value.tolist() == pytest.approx([1e-6, 2 * np.log(2), 2 * np.log(10)], rel=1e-6)
     value.sum().backward()
     assert loss.grad.tolist() == pytest.approx([1.0, 0.5, 0.1], rel=1e-6)
+
+
+def test_response_of_colours():
+    """1 for models with the galaxies' colours, 0 for the mean colours, whatever an offset."""
+    truth = torch.randn(50, 5, generator=torch.Generator().manual_seed(2)).double()
+    assert _response(truth + 0.7, truth).item() == pytest.approx(1.0)
+    assert _response(truth.mean(dim=0).expand_as(truth), truth).item() == pytest.approx(0.0, abs=1e-12)
+    assert _response(0.4 * truth, truth).item() == pytest.approx(0.4)
 
 
 def test_knee_of_the_loss_is_that_of_the_training_step():
