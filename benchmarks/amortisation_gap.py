@@ -19,9 +19,10 @@ import torch
 from lsst.meas.vaedeblend.evaluation.metrics import ksb_shape, nmad
 from lsst.meas.vaedeblend.psf import gaussian_psf
 from lsst.meas.vaedeblend.training.config import load_config
-from lsst.meas.vaedeblend.training.fit import SceneData, VaeModule, load_weights
+from lsst.meas.vaedeblend.training.fit import SceneData, VaeModule
 from lsst.meas.vaedeblend.training.galaxies import MODEL_SIGMA, GalaxyBank
 from lsst.meas.vaedeblend.training.scenes import SceneComposer
+from lsst.meas.vaedeblend.training.weights import load_weights
 
 
 def refine(decoder, latent, data, valid, noise, kernel, steps, prior):

@@ -16,6 +16,7 @@ from lsst.meas.vaedeblend.training.config import TrainingConfig, load_config
 from lsst.meas.vaedeblend.training.export import export_network
 from lsst.meas.vaedeblend.training.fit import fit_step
 from lsst.meas.vaedeblend.training.simulate import make_banks
+from lsst.meas.vaedeblend.training.weights import load_weights
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -137,6 +138,31 @@ def test_interrupted_training_goes_on(trained, tmp_path):
     before = final.stat().st_mtime_ns
     fit_step(short, "prior", where / "data", tmp_path, **options)
     assert final.stat().st_mtime_ns == before
+
+
+def test_training_starts_from_an_artefact(trained, tmp_path):
+    """The graph of sums of Gaussians, too, keeps every weight by its name."""
+    config, where, path = trained
+    kept = load_weights(where / "run" / "deblender" / "final.ckpt")
+    found = load_weights(path)
+    counters = {name for name in kept if name.endswith("num_batches_tracked")}
+    assert all(torch.equal(found[name], kept[name]) for name in kept.keys() - counters)
+    short = _small_config()
+    short.deblender.samples, short.deblender.learning_rate = 32, 1e-5
+    options = dict(accelerator="cpu", workers=0, progress=False)
+    final = fit_step(short, "deblender", where / "data", tmp_path, initial=path, **options)
+    moved = load_weights(final)["encoder.dense.weight"] - kept["encoder.dense.weight"]
+    assert 0 < moved.abs().max() < 1e-4
+
+
+def test_weights_of_other_networks_are_refused(trained, tmp_path):
+    config, where, path = trained
+    options = dict(accelerator="cpu", workers=0, progress=False)
+    with pytest.raises(ValueError, match="lsst_ugrizy does not fit"):
+        fit_step(config, "prior", where / "data", tmp_path, initial="lsst_ugrizy", **options)
+    decoder = path.with_name("small_gri_decoder.onnx")
+    with pytest.raises(ValueError, match="does not fit .* encoder"):
+        fit_step(config, "prior", where / "data", tmp_path, initial=decoder, **options)
 
 
 def test_deblender_needs_its_prior(trained, tmp_path):

@@ -28,6 +28,7 @@ from lsst.meas.vaedeblend.training.fit import VaeModule, _response, fit_step
 from lsst.meas.vaedeblend.training.galaxies import galaxy_profile
 from lsst.meas.vaedeblend.training.losses import bernoulli_loss, logarithmic
 from lsst.meas.vaedeblend.training.simulate import draw_sources, make_banks, sample_banks, survey_of
+from lsst.meas.vaedeblend.training.weights import load_weights
 
 CONFIGS = Path(__file__).parents[1] / "config" / "training"
 
@@ -317,6 +318,47 @@ def test_bernoulli_loss_by_hand():
     assert terms.kl.item() == pytest.approx(0.5)
 
 
+def test_exposures_of_a_blend_count_by_their_mean():
+    """Two exposures of one pixel, expected 0.2 and 0.6 for a target of 0.4: no loss but the divergence's."""
+    logits = torch.logit(torch.tensor([0.2, 0.6, 0.9, 0.5]))[:, None, None, None].requires_grad_()
+    target = torch.tensor([0.4, 0.2])[:, None, None, None]
+    mean = torch.tensor([[1.0], [2.0], [0.0], [0.0]])
+    terms = bernoulli_loss(logits, target, mean, torch.ones(4, 1), kl_weight=0.1, exposures=2)
+    second = 0.2 * np.log(0.2 / 0.7) + 0.8 * np.log(0.8 / 0.3)
+    assert terms.total.tolist() == pytest.approx([0.1 * (0.5 + 2.0) / 2, second], rel=1e-5)
+    terms.total.sum().backward()
+    assert logits.grad[:2].abs().max() < 1e-6 and (logits.grad[2:] > 0.01).all()
+
+
+def test_one_exposure_is_the_loss_of_each_image():
+    generator = torch.Generator().manual_seed(5)
+    logits = 5 * torch.randn(3, 2, 4, 4, generator=generator)
+    target = torch.rand(3, 2, 4, 4, generator=generator)
+    same = torch.zeros(6, 1), torch.ones(6, 1), 0.01
+    twice = bernoulli_loss(logits.repeat_interleave(2, 0), target, *same, exposures=2)
+    once = bernoulli_loss(logits, target, *(x[:3] for x in same[:2]), 0.01)
+    torch.testing.assert_close(twice.total, once.total, rtol=1e-4, atol=1e-4)
+
+
+def test_exposures_differ_in_their_noise_alone(euclid):
+    config, _, banks = euclid
+    batch = next(_composer(config, banks, exposures=3).batches(6))
+    assert len(batch) == 6
+    for i in (0, 3):
+        assert (batch.target[i : i + 3] == batch.target[i]).all()
+        difference = batch.image[i + 1] - batch.image[i]
+        corner = difference[:6, :8, :8].std(axis=(1, 2)) / batch.noise[i, :6]
+        assert corner == pytest.approx(np.full(6, 2**0.5), rel=0.3)
+    assert (batch.target[0] != batch.target[3]).any()
+
+
+def test_exposures_fill_a_batch_of_blends():
+    config = _config("arcelin2020_lsst")
+    config.deblender.batch_size, config.deblender.exposures = 32, 5
+    with pytest.raises(ValueError, match="multiple"):
+        config.validate()
+
+
 def test_large_losses_count_by_their_logarithm():
     """knee log(1 + L / knee): slope 1 for small losses, knee / (knee + L) for others."""
     loss = torch.tensor([1e-6, 2.0, 18.0], dtype=torch.float64, requires_grad=True)
@@ -431,17 +473,29 @@ def test_weights_are_stored_in_half_precision(trained):
     assert max(np.prod(t.dims) for t in single) < 4096
 
 
-def test_transfer_starts_from_a_deblender_and_keeps_its_decoder(trained, tmp_path):
+def test_artefacts_hold_the_weights_by_name(trained):
+    """But for the digits that half precision does not have."""
+    _, where = trained
+    kept = load_weights(where / "run" / "deblender" / "final.ckpt")
+    found = load_weights(where / "out" / "arcelin2020_lsst.onnx")
+    assert found.keys() == kept.keys()
+    for name, weights in kept.items():
+        torch.testing.assert_close(found[name], weights, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["run/deblender/final.ckpt", "out/arcelin2020_lsst.onnx"])
+def test_transfer_starts_from_a_deblender_and_keeps_its_decoder(trained, tmp_path, source):
     config, where = trained
     short = _config("arcelin2020_lsst", 60)
     short.deblender.batch_size, short.deblender.samples = 8, 16
     short.deblender.validation_batches = 1
     short.deblender.precision = "32-true"
-    initial = where / "run" / "deblender" / "final.ckpt"
+    initial = where / source
     options = dict(accelerator="cpu", workers=0, progress=False)
     final = fit_step(short, "deblender", where / "data", tmp_path, initial=initial, **options)
-    before, after = (torch.load(p, weights_only=True)["state_dict"] for p in (initial, final))
+    before, after = load_weights(initial), load_weights(final)
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("decoder."))
+    assert before.keys() == after.keys()
     moved = [(before[k] - after[k]).abs().max() for k in before if k.startswith("encoder.body")]
     # Two small steps from where the other one ended.
     assert 0 < max(moved) < 0.05

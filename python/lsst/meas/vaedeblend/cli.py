@@ -114,8 +114,10 @@ def simulate(config: Path, data: Path) -> None:
 @click.option("--strategy", default="auto", show_default=True, help="As for lightning, e.g. ddp.")
 @click.option("--workers", default=1, show_default=True, help="Processes that compose scenes.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
-@click.option("--initial", type=_CONFIG, help="Checkpoint whose weights the deblender starts from.")
-@click.option("--initial-prior", type=_CONFIG, help="Checkpoint whose weights the prior starts from.")
+@click.option(
+    "--initial", help="First weights of the deblender: a checkpoint, an ONNX file or a shipped name."
+)
+@click.option("--initial-prior", help="First weights of the prior, likewise.")
 @click.option("--step", type=click.Choice(["prior", "deblender"]), help="Run this step alone.")
 def train(
     config: Path,
@@ -126,14 +128,14 @@ def train(
     strategy: str,
     workers: int,
     progress: bool,
-    initial: Path | None,
-    initial_prior: Path | None,
+    initial: str | None,
+    initial_prior: str | None,
     step: str | None,
 ) -> None:
     """Train prior and deblender of CONFIG on the galaxies in DATA; go on where RUN was left.
 
-    A deblender that is trained alone from a checkpoint (transfer learning) needs no prior: it keeps the
-    checkpoint's decoder.
+    A deblender that is trained alone from other weights (transfer learning) needs no prior: it keeps the
+    decoder found there.
     """
     from .training.config import load_config
     from .training.fit import fit_step

@@ -44,6 +44,7 @@ __all__ = [
     "graph_sha256",
     "load_network",
     "read_metadata",
+    "read_model",
     "resolve",
     "shipped_networks",
 ]
@@ -488,6 +489,19 @@ def read_metadata(name_or_path: str | os.PathLike[str]) -> NetworkMetadata:
     """
     path = resolve(name_or_path)
     return _verify(_read(path), str(path))
+
+
+def read_model(name_or_path: str | os.PathLike[str]) -> bytes:
+    """Read a serialized model, checked as by `read_metadata`, with the same parameters and errors.
+
+    Returns
+    -------
+    model : `bytes`
+    """
+    path = resolve(name_or_path)
+    model = _read(path)
+    _verify(model, str(path))
+    return model
 
 
 def _session(model: bytes, source: str, providers: Sequence[str], require: bool, threads: int) -> Any:

@@ -317,6 +317,8 @@ class Blend:
     ----------
     image : `numpy.ndarray`, (B, S, S) float32
         What the telescopes see, nJy.
+    signal : `numpy.ndarray`, (B, S, S) float32
+        The same without noise, nJy.
     target : `numpy.ndarray`, (B, S, S) float32
         The target alone, noiseless, nJy.
     members : `numpy.ndarray`, (K, S, S) float32
@@ -331,6 +333,7 @@ class Blend:
     """
 
     image: np.ndarray
+    signal: np.ndarray
     target: np.ndarray
     members: np.ndarray
     rows: np.ndarray
@@ -358,6 +361,8 @@ class BlendComposer:
     rng : `numpy.random.Generator`
     isolated : `bool`, optional
         Compose isolated galaxies, for the training of the prior.
+    exposures : `int`, optional
+        Samples in succession that show one blend, each with noise of its own.
 
     Raises
     ------
@@ -375,6 +380,7 @@ class BlendComposer:
         cutout_size: int,
         rng: np.random.Generator,
         isolated: bool = False,
+        exposures: int = 1,
     ):
         found = tuple(b for bank in banks.banks["target"] for b in bank.bands)
         if found != survey.band_names:
@@ -390,7 +396,7 @@ class BlendComposer:
         if config.decentring == "peaks" and isolated and banks.centring is None:
             raise ValueError("Isolated galaxies need the fit of the centring error, centring.json.")
         self.banks, self.survey, self.config, self.size = banks, survey, config, cutout_size
-        self.rng, self.isolated = rng, isolated
+        self.rng, self.isolated, self.exposures = rng, isolated, exposures
         self.reference = survey.band_names.index(REFERENCE_BAND)
         self.pixel_scale = survey.bands[self.reference].pixel_scale
         self._flux = banks.total_flux
@@ -398,9 +404,17 @@ class BlendComposer:
         self._moments = psf_moments(config, survey)
 
     def batches(self, size: int) -> Iterator[Cutouts]:
-        """Yield batches of ``size`` samples without end."""
+        """Yield batches of ``size`` samples, a multiple of the exposures, without end."""
         while True:
-            yield self.cutouts([self.blend() for _ in range(size)])
+            yield self.cutouts([b for _ in range(size // self.exposures) for b in self.exposed(self.blend())])
+
+    def exposed(self, blend: Blend) -> list[Blend]:
+        """A blend and as many more exposures of it as a scene has.
+
+        A target at a peak stays where the peak of the first exposure put it.
+        """
+        again = (self._noisy(blend.signal) for _ in range(self.exposures - 1))
+        return [blend, *(dataclasses.replace(blend, image=np.stack(image)) for image in again)]
 
     def cutouts(self, blends: list[Blend]) -> Cutouts:
         """Join blends into what the training reads."""
@@ -481,11 +495,15 @@ class BlendComposer:
         return images[..., y - half : y + half, x - half : x + half]
 
     def _expose(self, images, position, rows, centroid, reference=None) -> Blend:
-        total = images.sum(axis=0)
-        noisy = [poisson_noise(t, b, self.rng) for t, b in zip(total, self.survey.bands, strict=True)]
+        signal = images.sum(axis=0)
+        noisy = self._noisy(signal)
         if reference is not None:
             noisy[self.reference] = reference
-        return Blend(np.stack(noisy), images[0], images[:, self.reference], rows, position, centroid)
+        return Blend(np.stack(noisy), signal, images[0], images[:, self.reference], rows, position, centroid)
+
+    def _noisy(self, signal: np.ndarray) -> list[np.ndarray]:
+        """One exposure in every band."""
+        return [poisson_noise(s, b, self.rng) for s, b in zip(signal, self.survey.bands, strict=True)]
 
 
 def psf_stamp(config: BlendConfig, band: BandInfo, size: int = 41) -> np.ndarray:

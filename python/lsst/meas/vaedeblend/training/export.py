@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 
 from ..catalog import reference_band
@@ -27,11 +26,12 @@ from ..psf import gaussian_psf
 from .blends import psf_stamp
 from .config import TrainingConfig
 from .derivatives import DecoderJacobian
-from .fit import SceneData, VaeModule, load_weights
+from .fit import SceneData, VaeModule
 from .galaxies import MODEL_SIGMA
 from .networks import Deblender
 from .scenes import Cutouts, squared_snr
 from .surveys import SurveyInfo
+from .weights import halve_weights, load_weights, round_weights
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
 
@@ -41,9 +41,6 @@ MAX_RELATIVE_DIFFERENCE = {"gaussians": 1e-4, "convolutional": 3e-4}
 Pixels of the paper's networks far above the scale of equation 4 are exponentials of half their logits, and
 sums of many terms round the logits of the brightest to some 1e-4.
 """
-
-_MANY_WEIGHTS = 4096
-"""Tensors with at least as many elements are worth storing in half precision."""
 
 
 def _config_text(config: TrainingConfig) -> str:
@@ -85,6 +82,8 @@ def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs
             output_names=outputs,
             dynamic_shapes=shapes,
             dynamo=True,
+            # Simplified graphs have lost part of the weights' names, by which `load_weights` knows them.
+            optimize=False,
             external_data=False,
             verbose=False,
         )
@@ -107,34 +106,6 @@ def _without_traces(model):
     del model.metadata_props[:]
     model.doc_string = ""
     return model
-
-
-@torch.no_grad()
-def _round_weights(module: torch.nn.Module) -> None:
-    """Round large tensors of weights to what half precision can hold."""
-    for weights in module.parameters():
-        if weights.numel() >= _MANY_WEIGHTS:
-            weights.copy_(weights.half().float())
-
-
-def _halve_weights(graph: bytes) -> bytes:
-    """Store the weights that `_round_weights` has rounded in half precision: nothing is lost by it.
-
-    The graph turns them back into single precision, once, when it is loaded.
-    """
-    model = onnx.load_model_from_string(graph)
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < _MANY_WEIGHTS:
-            continue
-        name = tensor.name
-        half = onnx.numpy_helper.to_array(tensor).astype(np.float16)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}_half"))
-        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model.SerializeToString()
 
 
 def _check_agreement(path: Path, module: torch.nn.Module, decoder: torch.nn.Module, metadata) -> float:
@@ -277,7 +248,7 @@ def export_network(
     deblender = deblender.to(memory_format=torch.contiguous_format)
     if module.convolutional:
         # Trained in bfloat16, with fewer digits still. The sums of Gaussians are small enough as they are.
-        _round_weights(deblender)
+        round_weights(deblender)
     survey, size = scenes.survey, config.scene.cutout_size
     b, length = len(config.bands), config.network.latent_size
     text = _config_text(config)
@@ -322,7 +293,7 @@ def export_network(
         decoder_graph = _to_onnx(deblender.decoder, (torch.randn(3, length),), ["latent"], ["model"])
         graphs = {"deblender": graph, "decoder": decoder_graph}
         if module.convolutional:
-            graphs = {kind: _halve_weights(graph) for kind, graph in graphs.items()}
+            graphs = {kind: halve_weights(graph) for kind, graph in graphs.items()}
         else:
             line = torch.arange(8.0)
             example = torch.randn(3, length), examples["psf_moments"], line, torch.arange(6.0)

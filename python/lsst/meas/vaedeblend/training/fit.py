@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SceneData", "VaeModule", "fit_step", "load_weights", "whiten"]
+__all__ = ["SceneData", "VaeModule", "fit_step", "whiten"]
 
 import logging
 import math
@@ -29,6 +29,7 @@ from .networks import build_networks
 from .optimizer import Muon
 from .scenes import PsfBank, SceneComposer
 from .simulate import bank_paths, survey_of
+from .weights import load_weights
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
 
@@ -100,8 +101,8 @@ class SceneData(lightning.LightningDataModule):
         isolated = self._step == "prior" if isolated is None else isolated
         if config.composition == "blends":
             banks = BlendBanks.load(self._directory, sample, self.survey)
-            size = config.scene.cutout_size
-            return lambda rng: BlendComposer(banks, self.survey, config.blend, size, rng, isolated)
+            size, exposures = config.scene.cutout_size, self._fit.exposures if sample == "train" else 1
+            return lambda rng: BlendComposer(banks, self.survey, config.blend, size, rng, isolated, exposures)
         bank = GalaxyBank.load(self._directory / f"{sample}.npz")
         return lambda rng: SceneComposer(bank, self.psfs, self.survey, config.scene, rng, isolated=isolated)
 
@@ -157,8 +158,10 @@ class VaeModule(lightning.LightningModule):
         self.encoder.scale.copy_(scale)
         self.decoder.scale.copy_(scale)
 
-    def _forward(self, batch: dict[str, Tensor], sample: bool) -> tuple[LossTerms, Tensor, Tensor]:
-        """Loss, log fluxes (N, B) and images, of unit flux or nJy, (N, B, S, S)."""
+    def _forward(
+        self, batch: dict[str, Tensor], sample: bool, exposures: int = 1
+    ) -> tuple[LossTerms, Tensor, Tensor]:
+        """Loss of blends, log fluxes (N, B) and images, of unit flux or nJy, (N, B, S, S)."""
         mean, sigma = self.encoder(
             batch["image"],
             batch["valid"].float(),
@@ -169,8 +172,8 @@ class VaeModule(lightning.LightningModule):
         latent = mean + sigma * torch.randn_like(sigma) if sample else mean
         if self.convolutional:
             logits = self.decoder.logits(latent, self._autocast)
-            target = normalise(batch["target"], self.decoder.scale)
-            terms = bernoulli_loss(logits, target, mean, sigma, self.fit.kl_weight)
+            target = normalise(batch["target"][::exposures], self.decoder.scale)
+            terms = bernoulli_loss(logits, target, mean, sigma, self.fit.kl_weight, exposures)
             model = self.decoder.image(logits.detach())
             return terms, torch.log(model.sum((2, 3))), model
         shape = self.decoder.shape(latent)
@@ -189,7 +192,7 @@ class VaeModule(lightning.LightningModule):
         return terms, shape.log_flux, shape.morphology
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        terms, _, _ = self._forward(batch, sample=True)
+        terms, _, _ = self._forward(batch, sample=True, exposures=self.fit.exposures)
         # The log shows the loss itself whatever the optimiser gets.
         self.log("loss", terms.total.mean(), prog_bar=True)
         self.log("kl", terms.kl.mean())
@@ -297,9 +300,17 @@ def whiten(module: VaeModule, scenes: SceneData, samples: int = 8192) -> None:
         network.transform_latents(matrix, mean.mean(0).float())
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint; only tensors are read, nothing is unpickled beyond them."""
-    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+def _start_from(module: VaeModule, source: str | os.PathLike) -> None:
+    """Give a module its first weights, all of them."""
+    weights, wanted = load_weights(source), module.state_dict().keys()
+    # The number of batches that normalisations have seen is of no use to an artefact, nor to the training.
+    missing = [n for n in wanted - weights.keys() if not n.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(f"{source} does not fit the configuration: it has no {', '.join(sorted(missing))}.")
+    try:
+        module.load_state_dict({n: weights[n] for n in wanted & weights.keys()}, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit the configuration: {error}") from error
 
 
 def fit_step(
@@ -332,9 +343,10 @@ def fit_step(
         Processes that compose scenes.
     progress : `bool`
         Show a progress bar.
-    initial : path, optional
-        Checkpoint whose weights the step starts from, for transfer learning. A deblender that starts from one
-        keeps its decoder if ``run`` has no prior.
+    initial : `str` or path, optional
+        What the step takes its first weights from, for transfer learning, as in
+        `~lsst.meas.vaedeblend.training.weights.load_weights`. A deblender keeps the decoder found there if
+        ``run`` has no prior.
 
     Returns
     -------
@@ -360,7 +372,7 @@ def fit_step(
     if module.convolutional:
         module.set_scale(scenes.mean_maximum())
     if initial is not None:
-        module.load_state_dict(load_weights(Path(initial)))
+        _start_from(module, initial)
     if step == "deblender":
         prior = run.parent / "prior" / "final.ckpt"
         if prior.exists():
