@@ -13,6 +13,6 @@ config.blend.decentring = "uniform"
 config.population.stamp_size = 96
 config.population.n_train = 12_000
 config.population.n_validation = config.population.n_test = 1500
-config.prior.samples = 12_800
-config.deblender.samples = 25_600
+config.prior.samples = 19_200
+config.deblender.samples = 64_000
 config.prior.learning_rate = config.deblender.learning_rate = 5e-4

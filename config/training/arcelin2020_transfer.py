@@ -16,7 +16,9 @@ config.population.real_catalogue = os.environ.get(
     "VAEDEBLEND_REAL_CATALOGUE", "real_galaxy_catalog_25.2.fits"
 )
 config.population.real_fraction = 0.2
-config.population.n_train = 6000
-config.population.n_validation = config.population.n_test = 600
-config.deblender.samples = 24_000
+# A catalogue of few galaxies has some left for a test that says something.
+config.population.n_train = 5000
+config.population.n_validation = 500
+config.population.n_test = 2500
+config.deblender.samples = 25_600
 config.deblender.learning_rate = 3e-4
