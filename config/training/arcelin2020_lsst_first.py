@@ -1,7 +1,7 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
 # ruff: noqa: F821
-"""Arcelin et al. (2020) for LSST, with the paper's loss: what `arcelin2020_lsst` starts from."""
+"""Arcelin et al. (2020), LSST, the paper's loss: `arcelin2020_lsst` starts from it."""
 
 config.name = "arcelin2020_lsst_first"
 config.survey = "LSST"
