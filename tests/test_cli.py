@@ -13,8 +13,8 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from lsst.meas.vaedeblend import network as network_module
 from lsst.meas.vaedeblend.cli import main
+from lsst.meas.vaedeblend.network import NetworkError, _files, read_metadata
 from synthetic import write_tampered
 from test_fields import FLUX, X, Y, write_field
 
@@ -37,18 +37,18 @@ def test_info_describes_networks_and_providers(runner, network_path, tmp_path, m
     for path in network_path.parent.glob("*.onnx"):
         shutil.copy(path, tmp_path)
     write_tampered(tmp_path / network_path.name)
-    monkeypatch.setattr(network_module, "_ARTEFACTS", tmp_path)
+    monkeypatch.setattr(_files, "_ARTEFACTS", tmp_path)
     result = runner.invoke(main, ["info"])
     assert result.exit_code == 0
     assert "CPUExecutionProvider" in result.output
     assert "\nsynthetic\n  bands        gri\n  pixel scale  0.2 arcsec" in result.output
-    assert network_module.read_metadata(network_path).weights_sha256 in result.output
+    assert read_metadata(network_path).weights_sha256 in result.output
     # A file that is not sound is named as such, and does not hide the others.
     assert "\ntampered\n  unusable" in result.output and "the graph was altered" in result.output
 
 
 def test_info_without_networks(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr(network_module, "_ARTEFACTS", tmp_path)
+    monkeypatch.setattr(_files, "_ARTEFACTS", tmp_path)
     result = runner.invoke(main, ["info"])
     assert result.exit_code == 0 and "No network ships" in result.output
 
@@ -113,6 +113,6 @@ def test_errors_are_one_line(runner, tmp_path, network_path):
     assert "Traceback" not in result.output
     # Asked for, the details are there.
     result = runner.invoke(main, ["-v", "demo", str(tmp_path / "out"), "--network", "nonsense"])
-    assert isinstance(result.exception, network_module.NetworkError)
+    assert isinstance(result.exception, NetworkError)
     result = runner.invoke(main, ["evaluate", "hsc", str(tmp_path / "none"), str(tmp_path / "out")])
     assert result.exit_code == 2 and "does not exist" in result.output

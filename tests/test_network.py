@@ -16,13 +16,13 @@ import numpy as np
 import onnx
 import pytest
 import synthetic
-from lsst.meas.vaedeblend import network as module
 from lsst.meas.vaedeblend.network import (
     METADATA_KEY,
     Decoder,
     Network,
     NetworkError,
     NetworkMetadata,
+    _files,
     embed_metadata,
     graph_sha256,
     load_network,
@@ -172,7 +172,7 @@ def test_foreign_files_are_refused(tmp_path):
 
 
 def test_oversized_files_are_refused(copy, monkeypatch):
-    monkeypatch.setattr(module, "MAX_FILE_SIZE", 1000)
+    monkeypatch.setattr(_files, "MAX_FILE_SIZE", 1000)
     with pytest.raises(NetworkError, match="larger than the 1000 bytes"):
         Network.load(copy)
 
@@ -186,7 +186,7 @@ def test_missing_networks_are_refused_naming_the_shipped_ones(tmp_path):
 
 
 def test_shipped_networks_are_found_by_name(copy, monkeypatch):
-    monkeypatch.setattr(module, "_ARTEFACTS", copy.parent)
+    monkeypatch.setattr(_files, "_ARTEFACTS", copy.parent)
     assert shipped_networks() == ["synthetic"]
     assert resolve("synthetic") == copy
     assert Network.load("synthetic").metadata.name == "synthetic"

@@ -189,7 +189,7 @@ def test_report_with_everything(artefacts, shared, tmp_path):
 
 
 def test_report_says_what_is_missing(artefacts, tmp_path, monkeypatch):
-    monkeypatch.setattr("lsst.meas.vaedeblend.network._ARTEFACTS", tmp_path / "nothing ships")
+    monkeypatch.setattr("lsst.meas.vaedeblend.network._files._ARTEFACTS", tmp_path / "nothing ships")
     (tmp_path / "some").mkdir()
     for path in artefacts.glob("arcelin2020_lsst.onnx"):
         shutil.copy(path, tmp_path / "some")
