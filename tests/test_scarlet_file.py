@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.adapters import scarlet_file
 from lsst.meas.vaedeblend.adapters.scarlet_file import (
+    CubeComponent,
     FactorizedComponent,
     ScarletFileError,
     ScarletModels,
+    _read,
     factorize,
     isolated_to_scarlet,
     models_to_scarlet,
@@ -248,7 +249,7 @@ def test_a_cube_survives_a_round_trip(ours):
     models = copy.deepcopy(ours)
     source = models.sources()[12]
     image, origin = render(models, source)
-    source.components = [scarlet_file.CubeComponent(origin, source.components[0].peak, image)]
+    source.components = [CubeComponent(origin, source.components[0].peak, image)]
     back = read(io.BytesIO(to_bytes(models)))
     assert_same(back, models)
     np.testing.assert_array_equal(render(back, back.sources()[12])[0], image)
@@ -550,10 +551,10 @@ def test_a_member_twice_is_refused(ours):
 
 def test_files_beyond_the_limits_are_refused(ours, monkeypatch):
     content = to_bytes(ours)
-    monkeypatch.setattr(scarlet_file, "MAX_MEMBER_BYTES", 100)
+    monkeypatch.setattr(_read, "MAX_MEMBER_BYTES", 100)
     with pytest.raises(ScarletFileError, match="more than 100 bytes"):
         read(io.BytesIO(content))
-    monkeypatch.setattr(scarlet_file, "MAX_TOTAL_BYTES", 1000)
+    monkeypatch.setattr(_read, "MAX_TOTAL_BYTES", 1000)
     with pytest.raises(ScarletFileError, match="more than 1000 bytes"):
         read(io.BytesIO(content))
 
