@@ -163,6 +163,29 @@ def test_calibration_counts_the_truths_inside():
     assert paper._inside(np.full(10, 0.999))[1][0] == 0
 
 
+def test_remarks_are_the_items_of_a_list(tmp_path):
+    path = tmp_path / "remarks.md"
+    assert paper._remarks(path) == []
+    path.write_text(
+        "# Title\n\nIntroduction.\n\n- *One*, over\n  two lines.\n- Two `more`.\n\nNot in the list.\n"
+    )
+    assert paper._remarks(path) == ["One, over two lines.", "Two more."]
+
+
+def test_rows_say_by_how_much_a_number_is_missed():
+    report = paper._Report()
+    report.row("met", None, -0.02, within=0.03)
+    report.row("missed", None, -0.05, within=0.03)
+    report.row("too small", None, 1.5, at_least=2)
+    report.row("large enough", None, 3.0, at_least=2)
+    report.row("unknown", None, None, within=0.03)
+    report.row("nothing wanted", 0.1, 5.0)
+    missed = [row["missed_by"] for row in report.rows]
+    assert missed == [None, pytest.approx(0.02), 0.5, None, None, None]
+    wanted = ["within 0.03", "within 0.03", "at least 2", "at least 2", "within 0.03", None]
+    assert [row["wanted"] for row in report.rows] == wanted
+
+
 OPTIONS = ["--configs", str(CONFIGS), "--samples", "150", "--galaxies", "12", "--draws", "20"]
 
 
@@ -178,6 +201,8 @@ def test_report_with_everything(artefacts, shared, tmp_path):
         assert summary[key]["m"] == pytest.approx(-1, abs=0.01)
     rows = {row["name"]: row for row in summary["table"]}
     assert rows["m, LSST"]["paper"] == -0.056 and rows["m, LSST"]["ours"] == summary["lsst"]["m"]
+    assert rows["m, LSST"]["wanted"] == "within 0.03"
+    assert rows["m, LSST"]["missed_by"] == pytest.approx(0.97, abs=0.01)
     text = (tmp_path / "paper.html").read_text()
     figures = ["1", "3", "4", "5", "6", "7", "8", "9", "A1", "B1", "C1"]
     assert [f for f in figures if f"<h2>Figure {f}</h2>" not in text] == []
