@@ -186,7 +186,18 @@ def test_rows_say_by_how_much_a_number_is_missed():
     assert [row["wanted"] for row in report.rows] == wanted
 
 
-OPTIONS = ["--configs", str(CONFIGS), "--samples", "150", "--galaxies", "12", "--draws", "20"]
+OPTIONS = [
+    "--configs",
+    str(CONFIGS),
+    "--samples",
+    "150",
+    "--galaxies",
+    "12",
+    "--draws",
+    "20",
+    "--threads",
+    "1",
+]
 
 
 def test_report_with_everything(artefacts, shared, tmp_path):

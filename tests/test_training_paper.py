@@ -46,6 +46,16 @@ def euclid():
     return config, population, sample_banks(config, population, np.random.default_rng(1))
 
 
+def test_processes_render_the_same(euclid):
+    config, population, banks = euclid
+    shared = sample_banks(config, population[:3], np.random.default_rng(1), processes=2)
+    alone = sample_banks(config, population[:3], np.random.default_rng(1))
+    for role, instruments in shared.banks.items():
+        assert [b.bands for b in instruments] == [b.bands for b in banks.banks[role]]
+        for found, expected in zip(instruments, alone.banks[role], strict=True):
+            assert (found.stamps == expected.stamps).all() and (found.offset == expected.offset).all()
+
+
 def _composer(config, banks, seed=0, **options):
     rng = np.random.default_rng(seed)
     return bl.BlendComposer(banks, survey_of(config), config.blend, 64, rng, **options)

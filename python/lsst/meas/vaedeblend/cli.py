@@ -96,13 +96,14 @@ _CONFIG = click.Path(exists=True, dir_okay=False, path_type=Path)
 @main.command()
 @click.argument("config", type=_CONFIG)
 @click.argument("data", type=_OUTPUT)
-def simulate(config: Path, data: Path) -> None:
+@click.option("--processes", default=1, show_default=True, help="Processes that render single blends.")
+def simulate(config: Path, data: Path, processes: int) -> None:
     """Render the galaxies of the training configuration CONFIG into DATA."""
     from .training.config import load_config
     from .training.simulate import make_banks
 
     with _failures():
-        make_banks(load_config(config), data)
+        make_banks(load_config(config), data, processes)
 
 
 @main.command()
@@ -259,10 +260,10 @@ def injection(directory: Path, out: Path, network: str, per_blend: int, seed: in
 )
 @click.option("--artefacts", type=_DIRECTORY, help="Directory of networks, before those that ship.")
 @click.option("--real-catalogue", type=_CONFIG, help="File of a galsim.RealGalaxyCatalog.")
-@click.option("--samples", default=3000, show_default=True, help="Images of each test sample.")
+@click.option("--samples", default=6000, show_default=True, help="Images of each test sample.")
 @click.option("--galaxies", type=int, help="Galaxies of each test sample, if fewer than the configuration's.")
 @click.option("--draws", default=10_000, show_default=True, help="Draws from the posterior of one image.")
-@click.option("--threads", default=1, show_default=True, help="Threads of onnxruntime; 0: all.")
+@click.option("--threads", default=0, help="Threads of onnxruntime, and processes that render; 0: all cores.")
 def paper(
     out: Path,
     configs: Path,

@@ -32,7 +32,7 @@ _LOG = logging.getLogger("lsst.meas.vaedeblend.evaluation.paper")
 FAINTEST_TRANSFER = 26.0
 """Magnitude limit in r of the paper's figure 9."""
 
-MAX_REAL = 1000
+MAX_REAL = 500
 """Real galaxies, in different orientations, of which the sample on them is made: they are slow to draw."""
 
 
@@ -124,10 +124,10 @@ def evaluate_paper(
     configs: str | os.PathLike[str] = "config/training",
     artefacts: str | os.PathLike[str] | None = None,
     real_catalogue: str | os.PathLike[str] | None = None,
-    samples: int = 3000,
+    samples: int = 6000,
     galaxies: int | None = None,
     draws: int = 10_000,
-    threads: int = 1,
+    threads: int = 0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure the paper's networks on its test samples, and write ``paper.html`` and ``paper.json``.
@@ -150,7 +150,7 @@ def evaluate_paper(
     draws : `int`, optional
         Draws from the posterior of one image (the paper's appendix C).
     threads : `int`, optional
-        Threads of onnxruntime.
+        Threads of onnxruntime, and processes that render galaxies; 0 for as many as there are cores.
     seed : `int`, optional
         Seed of the test samples.
 
@@ -187,7 +187,7 @@ class _Evaluation:
             samples,
             galaxies,
             draws,
-            threads,
+            threads or _cores(),
             seed,
         )
         self.report = _Report(remarks=_remarks(self.configs / REMARKS))
@@ -201,6 +201,9 @@ class _Evaluation:
         if not path.is_file():
             raise FileNotFoundError(f"No configuration {path}; --configs says where they are.")
         return load_config(path)
+
+    def maker(self, name: str) -> SampleMaker:
+        return SampleMaker(self.config(name), self.galaxies, seed=self.seed, processes=self.threads)
 
     def networks(self, names: dict[str, str]) -> dict[str, Network]:
         """Load those of the networks that exist; note the others as missing. Keys are kept."""
@@ -241,7 +244,7 @@ class _Evaluation:
 
     def centred(self) -> None:
         """Figures 1, 3 to 6, A1 and C1: isolated galaxies and blends with targets in the middle."""
-        maker = SampleMaker(self.config("arcelin2020_lsst_euclid"), self.galaxies, seed=self.seed)
+        maker = self.maker("arcelin2020_lsst_euclid")
         priors = self.networks(PRIORS)
         isolated = maker.run(priors, self.samples, isolated=True)
         self.add(
@@ -328,7 +331,7 @@ class _Evaluation:
         for key in ("decentred_uniform", "decentred_peaks"):
             networks = self.networks({key: CASES[key].config})
             if networks:
-                maker = SampleMaker(self.config(CASES[key].config), self.galaxies, seed=self.seed)
+                maker = self.maker(CASES[key].config)
                 self.measured(key, maker.run(networks, self.samples))
         keys = [k for k in ("lsst", "decentred_uniform", "decentred_peaks") if k in self.bias]
         if keys:
@@ -357,7 +360,7 @@ class _Evaluation:
         if not networks:
             return
         galaxies = MAX_REAL if self.galaxies is None else min(self.galaxies, MAX_REAL)
-        maker = SampleMaker(config, galaxies, real=True, seed=self.seed)
+        maker = SampleMaker(config, galaxies, real=True, seed=self.seed, processes=self.threads)
         self.report.note(
             f"The real test sample has {len(set(maker.population.source_id))} different galaxies."
         )
@@ -390,6 +393,11 @@ class _Evaluation:
         titles = {t: n for t, n in titles.items() if n in networks}
         figure = draw.transfer_examples(sample, titles, maker.survey.band_names)
         self.add("Figure B1", "Real galaxies, before and after training on some.", figure)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _remarks(path: Path) -> list[str]:

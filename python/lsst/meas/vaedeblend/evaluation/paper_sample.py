@@ -128,6 +128,8 @@ class SampleMaker:
         Take the real galaxies of the configuration's catalogue only.
     seed : `int`, optional
         Seed of blends and noise.
+    processes : `int`, optional
+        Processes that render the galaxies.
 
     Notes
     -----
@@ -136,11 +138,16 @@ class SampleMaker:
     """
 
     def __init__(
-        self, config: TrainingConfig, galaxies: int | None = None, real: bool = False, seed: int = 0
+        self,
+        config: TrainingConfig,
+        galaxies: int | None = None,
+        real: bool = False,
+        seed: int = 0,
+        processes: int = 1,
     ):
         self.config, self.survey, self._rng = config, survey_of(config), np.random.default_rng([seed, 8])
         self.population = _test_population(config, real)[:galaxies]
-        self.banks = sample_banks(config, self.population, self._rng)
+        self.banks = sample_banks(config, self.population, self._rng, processes=processes)
         if config.blend.decentring == "peaks":
             n = min(config.blend.centring_blends, 20 * len(self.population))
             self.banks.centring = fit_centring_error(centring_errors(self.banks, config, self._rng, n))

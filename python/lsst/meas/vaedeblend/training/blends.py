@@ -28,10 +28,13 @@ __all__ = [
 ]
 
 import dataclasses
+import functools
 import json
+import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import galsim
@@ -252,6 +255,7 @@ def render_blend_banks(
     stamp_size: int,
     merge: bool,
     progress=None,
+    processes: int = 1,
 ) -> BlendBanks:
     """Render a population as target and as neighbour, for each instrument of a survey.
 
@@ -267,7 +271,9 @@ def render_blend_banks(
     merge : `bool`
         As in `render_bank`.
     progress : callable, optional
-        As in `render_bank`.
+        As in `render_bank`; not called by several processes.
+    processes : `int`, optional
+        Processes that share the work; the banks are the same.
 
     Returns
     -------
@@ -288,24 +294,26 @@ def render_blend_banks(
         "target": np.zeros((n, 2)),
         "neighbour": distance[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1),
     }
-    banks: dict[str, list[GalaxyBank]] = {role: [] for role in ROLES}
+    calls = []
     for instrument in survey.instruments:
         psfs = [fixed_psf(config, b) for b in instrument.band_names]
         if any(psf != psfs[0] for psf in psfs):
             raise ValueError(f"The bands {instrument.band_names} share one bank, but not one PSF.")
-        for role in ROLES:
-            banks[role].append(
-                render_bank(
-                    population.in_bands(instrument.band_names),
-                    instrument.pixel_scale,
-                    rng,
-                    stamp_size=stamp_size,
-                    psf=psfs[0],
-                    offset=place[role] / instrument.pixel_scale,
-                    merge=merge,
-                    progress=progress,
-                )
-            )
+        scale, bands = instrument.pixel_scale, population.in_bands(instrument.band_names)
+        options = {"stamp_size": stamp_size, "psf": psfs[0], "merge": merge}
+        # Offsets are given: none of the renderings draws random numbers.
+        calls += [
+            functools.partial(render_bank, bands, scale, rng, offset=place[role] / scale, **options)
+            for role in ROLES
+        ]
+    if processes > 1:
+        # Not forked: the caller may have threads.
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            rendered = [future.result() for future in [pool.submit(call) for call in calls]]
+    else:
+        rendered = [call(progress=progress) for call in calls]
+    # In the order of the calls, roles take turns.
+    banks = {role: rendered[i :: len(ROLES)] for i, role in enumerate(ROLES)}
     return BlendBanks(banks)
 
 

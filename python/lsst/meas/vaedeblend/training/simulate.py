@@ -158,7 +158,7 @@ def _rotate(population: Population, rng: np.random.Generator) -> None:
     population.g2 = g1 * np.sin(angle) + g2 * np.cos(angle)
 
 
-def make_banks(config: TrainingConfig, directory: str | os.PathLike) -> None:
+def make_banks(config: TrainingConfig, directory: str | os.PathLike, processes: int = 1) -> None:
     """Render the banks of the three samples into ``directory``.
 
     A bank of fields is one file, train.npz, validation.npz or test.npz; a bank of single blends is one file
@@ -169,6 +169,8 @@ def make_banks(config: TrainingConfig, directory: str | os.PathLike) -> None:
     ----------
     config : `TrainingConfig`
     directory : path
+    processes : `int`, optional
+        Processes that render banks of single blends.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -181,7 +183,7 @@ def make_banks(config: TrainingConfig, directory: str | os.PathLike) -> None:
         rng = np.random.default_rng([config.population.seed, i + 1])
         progress = functools.partial(_LOG.info, "%s: of %d sources, done: %d.", sample, len(population))
         if config.composition == "blends":
-            sample_banks(config, population, rng, progress).save(directory, sample)
+            sample_banks(config, population, rng, progress, processes).save(directory, sample)
         else:
             bank = render_bank(
                 population,
@@ -205,7 +207,11 @@ def bank_paths(config: TrainingConfig, survey: SurveyInfo, directory: Path, samp
 
 
 def sample_banks(
-    config: TrainingConfig, population: Population, rng: np.random.Generator, progress=None
+    config: TrainingConfig,
+    population: Population,
+    rng: np.random.Generator,
+    progress=None,
+    processes: int = 1,
 ) -> BlendBanks:
     """Render the banks of single blends that a configuration asks for, of any population."""
     return render_blend_banks(
@@ -216,6 +222,7 @@ def sample_banks(
         stamp_size=config.population.stamp_size,
         merge=not config.population.colour_gradients,
         progress=progress,
+        processes=processes,
     )
 
 
