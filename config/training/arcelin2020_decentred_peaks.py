@@ -14,5 +14,5 @@ config.population.stamp_size = 128
 config.population.n_train = 10_000
 config.population.n_validation = config.population.n_test = 1500
 config.prior.samples = 19_200
-config.deblender.samples = 192_000
+config.deblender.samples = 160_000
 config.prior.learning_rate = config.deblender.learning_rate = 5e-4
