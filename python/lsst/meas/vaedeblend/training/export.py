@@ -35,11 +35,11 @@ from .weights import halve_weights, load_weights, round_weights
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
 
-MAX_RELATIVE_DIFFERENCE = {"gaussians": 1e-4, "convolutional": 3e-4}
-"""Largest difference of ONNX and torch that an export may show, relative to an output's largest value.
+MAX_RELATIVE_DIFFERENCE = {"gaussians": 1e-4, "convolutional": 1e-3}
+"""Largest difference of ONNX and torch on test cutouts, relative to an output's largest value.
 
 Pixels of the paper's networks far above the scale of equation 4 are exponentials of half their logits, and
-sums of many terms round the logits of the brightest to some 1e-4.
+sums of many terms round the logits of the brightest to some 1e-4. Cards tell what was found.
 """
 
 
@@ -108,18 +108,18 @@ def _without_traces(model):
     return model
 
 
-def _check_agreement(path: Path, module: torch.nn.Module, decoder: torch.nn.Module, metadata) -> float:
-    """Largest relative difference between artefact and torch on random inputs, at two batch sizes."""
+def _check_agreement(
+    path: Path, module: torch.nn.Module, decoder: torch.nn.Module, cutouts: Cutouts
+) -> float:
+    """Largest relative difference between artefact and torch on six cutouts, at two batch sizes."""
     network = Network.load(path)
     generator = torch.Generator().manual_seed(2)
-    b, s, length = len(metadata.bands), metadata.cutout_size, metadata.latent_size
     worst = 0.0
-    for n in (1, 5):
-        noise = torch.exp(torch.randn(n, b, generator=generator))
-        image = 10 * noise[:, :, None, None] * torch.randn(n, b, s, s, generator=generator)
-        valid = (torch.rand(n, b, s, s, generator=generator) > 0.05).float()
-        moments = torch.tensor([2.5, 2.3, 0.1]) + 0.1 * torch.rand(n, b, 3, generator=generator)
-        epsilon = torch.randn(n, length, generator=generator)
+    for rows in (slice(0, 1), slice(1, 6)):
+        arrays = (cutouts.image, cutouts.valid, cutouts.noise, cutouts.psf_moments)
+        image, valid, noise, moments = (torch.from_numpy(a[rows]).float() for a in arrays)
+        n = len(image)
+        epsilon = torch.randn(n, network.metadata.latent_size, generator=generator)
         known = {"image": image, "valid": valid, "noise": noise, "psf_moments": moments, "epsilon": epsilon}
         with torch.no_grad():
             expected = module(*(known[name] for name in module.inputs))
@@ -309,7 +309,8 @@ def export_network(
         return own
 
     write({})
-    difference = _check_agreement(path, deblender, deblender.decoder, metadata)
+    cutouts = next(scenes.composer("test", step == "prior")(np.random.default_rng(4)).batches(6))
+    difference = _check_agreement(path, deblender, deblender.decoder, cutouts)
     if difference > MAX_RELATIVE_DIFFERENCE[config.network.architecture]:
         raise RuntimeError(f"The exported graph differs from torch by {difference:.2g}, relative.")
     merit = figures_of_merit(Network.load(path), scenes, config, samples, isolated=step == "prior")
