@@ -65,7 +65,7 @@ def _write(directory: Path, name: str, bands: tuple[str, ...]) -> Path:
         frame={"type": "observed", "fwhm": dict.fromkeys(bands, 0.65)},
         centre=(31.5, 31.5),
         training_range={},
-        training={"samples": {"prior": 5000, "deblender": 7000}, "base": "another"},
+        training={"samples": {"prior": 5000, "deblender": 7000}, "base": {"deblender": "another"}},
         figures_of_merit={},
         licence="GPL-3.0-or-later",
     )
@@ -220,7 +220,7 @@ def test_report_with_everything(artefacts, shared, tmp_path):
     assert "Calibration" in text and text.count("<img") == len(figures) + 1
     assert "What is missing" not in text
     for name in ("arcelin2020_lsst", "arcelin2020_lsst_prior", "arcelin2020_transfer"):
-        line = f"Samples in the training of {name}: prior 5000, deblender 7000, from the weights of another."
+        line = f"Samples in the training of {name}: prior 5000, deblender 7000 from the weights of another."
         assert text.count(line) == 1
 
 

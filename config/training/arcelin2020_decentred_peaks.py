@@ -7,7 +7,7 @@ import os
 
 config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst.py"))
 config.name = "arcelin2020_decentred_peaks"
-config.base = "arcelin2020_lsst"
+config.prior.base = config.deblender.base = "arcelin2020_lsst"
 config.blend.decentring = "peaks"
 config.population.stamp_size = 128
 # Four times the pixels of the centred banks.

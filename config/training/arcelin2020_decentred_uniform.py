@@ -7,7 +7,7 @@ import os
 
 config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst.py"))
 config.name = "arcelin2020_decentred_uniform"
-config.base = "arcelin2020_lsst"
+config.prior.base = config.deblender.base = "arcelin2020_lsst"
 config.blend.decentring = "uniform"
 # Shifts are made in Fourier space: what leaves a stamp comes back on the other side, not in the cutout.
 config.population.stamp_size = 96

@@ -7,7 +7,7 @@ import os
 
 config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst_first.py"))
 config.name = "arcelin2020_lsst"
-config.base = "arcelin2020_lsst_first"
+config.deblender.base = "arcelin2020_lsst_first"
 # The prior is the first one's.
 config.deblender.samples = 497_600
 config.deblender.batch_size = 64

@@ -7,7 +7,7 @@ import os
 
 config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst.py"))
 config.name = "arcelin2020_lsst_euclid"
-config.base = "arcelin2020_lsst_euclid_first"
+config.deblender.base = "arcelin2020_lsst_euclid_first"
 config.survey = "LSST+Euclid_VIS+Euclid_NISP"
 # IE is VIS; YE, JE and HE are NISP's.
 config.bands = ["u", "g", "r", "i", "z", "y", "IE", "YE", "JE", "HE"]

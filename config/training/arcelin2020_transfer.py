@@ -11,7 +11,7 @@ import os
 
 config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst_euclid.py"))
 config.name = "arcelin2020_transfer"
-config.base = "arcelin2020_lsst_euclid"
+config.deblender.base = "arcelin2020_lsst_euclid"
 config.population.real_catalogue = os.environ.get(
     "VAEDEBLEND_REAL_CATALOGUE", "real_galaxy_catalog_25.2.fits"
 )

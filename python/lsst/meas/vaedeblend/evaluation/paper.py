@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..network import Network, NetworkError, resolve
-from ..training.config import TrainingConfig, load_config
+from ..training.config import TrainingConfig, load_config, training_length
 from . import paper_figures as draw
 from .metrics import ShearBias, bootstrap, shear_bias, sigma_percentiles
 from .paper_sample import PaperSample, SampleMaker, deblend_images, measure_image
@@ -216,7 +216,9 @@ class _Evaluation:
             except NetworkError as error:
                 self.report.missing.append(f"{name}: {error}")
             else:
-                self.report.note(_training_length(found[key]))
+                metadata = found[key].metadata
+                length = training_length(metadata.training)
+                self.report.note(f"Samples in the training of {metadata.name}: {length}.")
         return found
 
     def add(self, title: str, text: str, figure: Figure) -> None:
@@ -406,15 +408,6 @@ def _remarks(path: Path) -> list[str]:
         return []
     _, *items = f"\n{path.read_text()}".split("\n- ")
     return [" ".join(item.split("\n\n")[0].split()).replace("*", "").replace("`", "") for item in items]
-
-
-def _training_length(network: Network) -> str:
-    """What the paper does not say of its own networks."""
-    training = network.metadata.training
-    samples = training.get("samples", {})
-    known = [f"{step} {samples[step]}" for step in ("prior", "deblender") if step in samples]
-    start = f", from the weights of {training['base']}" if training.get("base") else ""
-    return f"Samples in the training of {network.metadata.name}: {', '.join(known) or 'unknown'}{start}."
 
 
 def _bright(sample: PaperSample, network: str) -> tuple[PaperSample, str]:

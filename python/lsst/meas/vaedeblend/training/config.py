@@ -4,7 +4,14 @@
 
 from __future__ import annotations
 
-__all__ = ["FitConfig", "NetworkConfig", "PopulationConfig", "TrainingConfig", "load_config"]
+__all__ = [
+    "FitConfig",
+    "NetworkConfig",
+    "PopulationConfig",
+    "TrainingConfig",
+    "load_config",
+    "training_length",
+]
 
 import os
 
@@ -78,6 +85,10 @@ class FitConfig(Config):
     """One of the two steps of the training."""
 
     samples = Field[int]("Training samples.", default=300000)
+    base = Field[str](
+        "Configuration that gave the step its first weights, for the card; empty when trained from scratch.",
+        default="",
+    )
     # Small batches: the number of steps counts for more than their smoothness (doc/experiments/008).
     batch_size = Field[int]("Samples per step and process.", default=64)
     optimizer = ChoiceField[str](
@@ -119,9 +130,6 @@ class TrainingConfig(Config):
     """Everything that makes a network."""
 
     name = Field[str]("Name of the network, and of its files.", default="network")
-    base = Field[str](
-        "Name of the network from whose weights the training starts (--initial), for the card.", optional=True
-    )
     survey = Field[str](
         'Survey: a name that surveycodex knows, or several joined by "+", whose bands share one network.',
         default="LSST",
@@ -158,6 +166,29 @@ class TrainingConfig(Config):
                     f"{name}.exposures = {exposures} is for single blends, in batches of a multiple of it, "
                     f"not for {self.composition} in batches of {batch}."
                 )
+
+
+def training_length(training: dict) -> str:
+    """Tell from a network's metadata how many samples it has seen, and whose weights each step started from.
+
+    Parameters
+    ----------
+    training : `dict`
+        `~lsst.meas.vaedeblend.network.NetworkMetadata.training`.
+
+    Returns
+    -------
+    text : `str`
+    """
+    samples, base = (
+        value if isinstance(value, dict) else {} for value in map(training.get, ("samples", "base"))
+    )
+    steps = [
+        f"{step} {samples[step]}" + (f" from the weights of {base[step]}" if base.get(step) else "")
+        for step in ("prior", "deblender")
+        if step in samples
+    ]
+    return ", ".join(steps) or "unknown"
 
 
 def load_config(path: str | os.PathLike) -> TrainingConfig:

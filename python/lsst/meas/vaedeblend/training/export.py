@@ -24,7 +24,7 @@ from ..evaluation.metrics import ksb_shape, nmad
 from ..network import Network, NetworkMetadata, embed_metadata
 from ..psf import gaussian_psf
 from .blends import psf_stamp
-from .config import TrainingConfig
+from .config import TrainingConfig, training_length
 from .derivatives import DecoderJacobian
 from .fit import SceneData, VaeModule
 from .galaxies import MODEL_SIGMA
@@ -254,6 +254,7 @@ def export_network(
     text = _config_text(config)
     name = config.name if step == "deblender" else f"{config.name}_{step}"
     training_range, frame, centre = _conditions(config, survey)
+    steps = ("prior",) if step == "prior" else ("prior", "deblender")
     metadata = NetworkMetadata(
         name=name,
         kind="deblender",
@@ -268,8 +269,8 @@ def export_network(
             "config": text,
             "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "git_commit": _git_commit(),
-            "samples": {"prior": config.prior.samples, "deblender": config.deblender.samples},
-            "base": config.base,
+            "samples": {name: getattr(config, name).samples for name in steps},
+            "base": {name: getattr(config, name).base for name in steps},
             "description": _describe(config),
             "command": command,
         },
@@ -361,7 +362,6 @@ def _describe(config: TrainingConfig) -> str:
 def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
     """Write the card of a network: what it is, what it was trained on, what was measured, and how."""
     m, t = metadata, metadata.training
-    base = f"{t['base']}, then " if t.get("base") else ""
     noise = ", ".join(f"{b} {lo:.2g}-{hi:.2g}" for b, (lo, hi) in m.training_range["noise"].items())
     narrow, wide = m.training_range["psf_fwhm"]
     size, pixel = m.cutout_size, [int(c) if c == int(c) else c for c in m.centre]
@@ -382,7 +382,7 @@ def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
         f"| model frame | {frame} |",
         f"| PSF FWHM in training | {narrow:g} to {wide:g} arcsec |",
         f"| noise in training (nJy per pixel) | {noise} |",
-        f"| samples | {base}prior {t['samples']['prior']}, deblender {t['samples']['deblender']} |",
+        f"| samples | {training_length(t)} |",
         f"| training configuration (sha256) | {t['config_sha256']} |",
         f"| code | {t['git_commit']} |",
         f"| licence | {m.licence} |",
