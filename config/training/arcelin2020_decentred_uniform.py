@@ -14,5 +14,7 @@ config.population.stamp_size = 96
 config.population.n_train = 12_000
 config.population.n_validation = config.population.n_test = 1500
 config.prior.samples = 19_200
-config.deblender.samples = 96_000
+# What ships saw two exposures in the first 96 000 (doc/experiments/010).
+config.deblender.samples = 128_000
+config.deblender.exposures = 4
 config.prior.learning_rate = config.deblender.learning_rate = 5e-4
