@@ -3,6 +3,7 @@
 """The simulations and networks of Arcelin et al. (2020), against its numbers and direct GalSim drawings."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import galsim
@@ -25,7 +26,7 @@ from lsst.meas.vaedeblend.training.convolutional import (
 )
 from lsst.meas.vaedeblend.training.export import MAX_RELATIVE_DIFFERENCE, export_network
 from lsst.meas.vaedeblend.training.fit import VaeModule, _response, fit_step
-from lsst.meas.vaedeblend.training.galaxies import galaxy_profile
+from lsst.meas.vaedeblend.training.galaxies import component_profile, galaxy_profile
 from lsst.meas.vaedeblend.training.losses import bernoulli_loss, logarithmic
 from lsst.meas.vaedeblend.training.simulate import draw_sources, make_banks, sample_banks, survey_of
 from lsst.meas.vaedeblend.training.weights import load_weights
@@ -550,5 +551,29 @@ def test_real_galaxies_join_the_bank(shared, tmp_path):
     row = int(np.argmin(every.magnitude("i")))
     bank = sample_banks(config, every[[row]], np.random.default_rng(0)).banks["target"][0]
     profile = galsim.RealGalaxy(catalog, index=row, flux=1.0)
-    image = galsim.Convolve(profile, galsim.Kolmogorov(fwhm=0.65)).drawImage(nx=64, ny=64, scale=0.2).array
+    psf = galsim.Kolmogorov(fwhm=0.65)
+    image = galsim.Convolve(profile, psf).drawImage(nx=64, ny=64, scale=0.2).array
     assert np.abs(bank.stamps[0] - image).max() < 2e-3 * image.max()
+    # A quarter of a turn first, then the shear.
+    distorted = dataclasses.replace(every[[row]], g1=-every.g1[[row]], shear=np.array([[0.2, -0.1]]))
+    found = component_profile(distorted, 0, 0)
+    expected = (
+        galsim.RealGalaxy(catalog, index=row, flux=1.0).rotate(90 * galsim.degrees).shear(g1=0.2, g2=-0.1)
+    )
+    images = [galsim.Convolve(p, psf).drawImage(nx=64, ny=64, scale=0.2).array for p in (found, expected)]
+    np.testing.assert_allclose(*images, atol=1e-4 * image.max())
+
+
+def test_real_galaxies_are_sheared_but_in_the_test(shared):
+    config = _config("arcelin2020_lsst", 200)
+    config.population.real_catalogue = str(shared / "data" / "cosmos_real" / "catalog.fits")
+    config.population.real_fraction, config.population.real_shear = 0.5, 0.3
+    samples = draw_sources(config.population, survey_of(config))
+    for sample in ("train", "validation"):
+        size = np.hypot(*samples[sample].shear.T)
+        real = samples[sample].source_id < 0
+        assert not size[~real].any() and size.max() < 0.3
+        # The mean of a disc is two thirds of its radius.
+        assert size[real].mean() == pytest.approx(0.2, abs=0.03)
+        assert np.abs(samples[sample].shear[real].mean(axis=0)).max() < 0.06
+    assert not samples["test"].shear.any()

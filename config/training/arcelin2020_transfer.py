@@ -16,6 +16,7 @@ config.population.real_catalogue = os.environ.get(
     "VAEDEBLEND_REAL_CATALOGUE", "real_galaxy_catalog_25.2.fits"
 )
 config.population.real_fraction = 0.2
+config.population.real_shear = 0.3
 # A catalogue of few galaxies has some left for a test that says something.
 config.population.n_train = 5000
 config.population.n_validation = 500

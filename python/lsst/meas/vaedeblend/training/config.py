@@ -54,6 +54,12 @@ class PopulationConfig(Config):
         optional=True,
     )
     real_fraction = Field[float]("Fraction of each sample that is real, with such a catalogue.", default=0.2)
+    # Otherwise the shapes of few galaxies are learnt by heart (doc/experiments/011).
+    real_shear = Field[float](
+        "Largest reduced shear of real galaxies in the training and validation samples; the test has none.",
+        default=0.0,
+        check=lambda x: 0 <= x < 1,
+    )
     stamp_size = Field[int](
         "Width of the bank's stamps, pixel; odd for fields, even for single blends.", default=97
     )

@@ -40,7 +40,8 @@ def component_profile(population: Population, row: int, component: int) -> galsi
         image = galsim.RealGalaxy(
             real_catalogue(p.catalogue), index=int(-1 - p.source_id[row]), flux=1.0, gsparams=_GSPARAMS
         )
-        return image.rotate(0.5 * np.arctan2(p.g2[at], p.g1[at]) * galsim.radians)
+        turned = image.rotate(0.5 * np.arctan2(p.g2[at], p.g1[at]) * galsim.radians)
+        return turned.shear(g1=p.shear[row, 0], g2=p.shear[row, 1])
     if p.kind[at] == KNOTS:
         # Twelve knots: enough to look clumpy, few enough that each is seen.
         seed = galsim.BaseDeviate(int(p.source_id[row]) + 1)

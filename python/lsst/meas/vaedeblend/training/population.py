@@ -68,6 +68,8 @@ class Population:
         Identifier of the galaxy in its source; keeps samples disjoint. Row i of a real catalogue has -1 - i.
     catalogue : `str`
         File of the `galsim.RealGalaxyCatalog` that real galaxies are images of; empty without any.
+    shear : `numpy.ndarray`, (N, 2), optional
+        Reduced shear of the images of real galaxies, after they are turned; none if not given.
     """
 
     bands: tuple[str, ...]
@@ -80,6 +82,11 @@ class Population:
     redshift: np.ndarray
     source_id: np.ndarray
     catalogue: str = ""
+    shear: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.shear is None:
+            self.shear = np.zeros((len(self), 2))
 
     def __len__(self) -> int:
         return len(self.redshift)

@@ -97,6 +97,8 @@ def draw_sources(config: PopulationConfig, survey: SurveyInfo) -> dict[str, Popu
         if real is not None:
             images = real[real_rows[sample]]
             _rotate(images, rng)
+            if sample != "test":
+                images.shear = _draw_shear(len(images), config.real_shear, rng)
             population = concatenate([population[: len(population) - len(images)], images])
         stars = draw_stars(max(1, round(config.star_fraction * wanted[sample])), survey, rng)
         samples[sample] = concatenate([population, stars]) if config.star_fraction > 0 else population
@@ -156,6 +158,12 @@ def _rotate(population: Population, rng: np.random.Generator) -> None:
     g1, g2 = population.g1, population.g2
     population.g1 = g1 * np.cos(angle) - g2 * np.sin(angle)
     population.g2 = g1 * np.sin(angle) + g2 * np.cos(angle)
+
+
+def _draw_shear(n: int, largest: float, rng: np.random.Generator) -> np.ndarray:
+    """Draw reduced shears, (n, 2), uniformly from a disc."""
+    size, angle = largest * np.sqrt(rng.random(n)), 2 * np.pi * rng.random(n)
+    return np.stack([size * np.cos(angle), size * np.sin(angle)], axis=1)
 
 
 def make_banks(config: TrainingConfig, directory: str | os.PathLike, processes: int = 1) -> None:
