@@ -351,6 +351,18 @@ def test_one_exposure_is_the_loss_of_each_image():
     torch.testing.assert_close(twice.total, once.total, rtol=1e-4, atol=1e-4)
 
 
+def test_noise_of_the_truth_pulls_nothing_in_the_mean():
+    """Two noisy truths of a pixel, -0.1 and 0.3, ask for what their mean 0.1 asks for; clipped, for 0.15."""
+    logits = torch.logit(torch.tensor(0.1)).repeat(2)[:, None, None, None].requires_grad_()
+    target = torch.tensor([-0.1, 0.3])[:, None, None, None]
+    same = torch.zeros(2, 1), torch.ones(2, 1), 0.01
+    for exposures in (1, 2):
+        images = logits.repeat_interleave(exposures, 0)
+        terms = bernoulli_loss(images, target, *(x.repeat(exposures, 1) for x in same[:2]), 0.01, exposures)
+        (gradient,) = torch.autograd.grad(terms.total.sum(), logits)
+        assert gradient.flatten().tolist() == pytest.approx([0.2, -0.2], abs=1e-6)
+
+
 def test_exposures_differ_in_their_noise_alone(euclid):
     config, _, banks = euclid
     batch = next(_composer(config, banks, exposures=3).batches(6))
@@ -371,12 +383,12 @@ def test_exposures_fill_a_batch_of_blends():
 
 
 def test_large_losses_count_by_their_logarithm():
-    """knee log(1 + L / knee): slope 1 for small losses, knee / (knee + L) for others."""
-    loss = torch.tensor([1e-6, 2.0, 18.0], dtype=torch.float64, requires_grad=True)
+    """knee log(1 + L / knee): slope 1 for small losses, knee / (knee + L) for others; negative ones stay."""
+    loss = torch.tensor([-30.0, 1e-6, 2.0, 18.0], dtype=torch.float64, requires_grad=True)
     value = logarithmic(loss, 2.0)
-    assert value.tolist() == pytest.approx([1e-6, 2 * np.log(2), 2 * np.log(10)], rel=1e-6)
+    assert value.tolist() == pytest.approx([-30.0, 1e-6, 2 * np.log(2), 2 * np.log(10)], rel=1e-6)
     value.sum().backward()
-    assert loss.grad.tolist() == pytest.approx([1.0, 0.5, 0.1], rel=1e-6)
+    assert loss.grad.tolist() == pytest.approx([1.0, 1.0, 0.5, 0.1], rel=1e-6)
 
 
 def test_response_of_colours():

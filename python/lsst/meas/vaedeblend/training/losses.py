@@ -121,7 +121,7 @@ def bernoulli_loss(
     logits : `torch.Tensor`, (N K, B, S, S)
         Of the expected pixels.
     target : `torch.Tensor`, (N, B, S, S)
-        Normalised truth; clipped to between 0 and 1, where it lies but for rounding of the simulation.
+        Normalised truth, below 1. Noise of real images takes some of it below 0 (see below).
     mean, sigma : `torch.Tensor`, (N K, L)
         The approximate posterior.
     kl_weight : `float`
@@ -135,14 +135,19 @@ def bernoulli_loss(
     The sum over all pixels and bands. The entropy of the target, a constant of the data, is subtracted, so
     that a perfect image has a loss of 0 and progress is seen in the log.
 
+    The likelihood is linear in the target, so that noise of the target has no effect in the mean, provided
+    that it is not clipped at 0: what would be left is a halo, which makes models rounder and brighter
+    (doc/experiments/011). Only the entropy, which changes no gradient, takes negative pixels for 0.
+
     A model that has the least error for each noisy image is a compromise between the image and the mean
     galaxy: faint galaxies come out too round. The error of the mean over exposures holds all of this bias
     but only 1 / K of the variance, which gives shapes without that shrinkage for K large (the mean square
     bias of Tewes et al. 2019, https://doi.org/10.1051/0004-6361/201833775).
     """
     n = len(logits) // exposures
-    target = target.clamp(0.0, 1.0)
-    entropy = -(torch.xlogy(target, target) + torch.xlogy(1.0 - target, 1.0 - target))
+    target = target.clamp(max=1.0)
+    light = target.clamp(min=0.0)
+    entropy = -(torch.xlogy(light, light) + torch.xlogy(1.0 - light, 1.0 - light))
     if exposures == 1:
         cross = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     else:
@@ -156,7 +161,7 @@ def bernoulli_loss(
 
 
 def logarithmic(loss: Tensor, knee: float) -> Tensor:
-    """Let large losses count by their logarithm: knee log(1 + loss / knee), (N,).
+    """Let large losses count by their logarithm, (N,): knee log(1 + loss / knee), and themselves below 0.
 
     The function grows with the loss, so what is best for each galaxy stays best, the balance of
     reconstruction and divergence included. Only the weights of galaxies in a gradient change: in the mean of
@@ -165,8 +170,8 @@ def logarithmic(loss: Tensor, knee: float) -> Tensor:
     Parameters
     ----------
     loss : `torch.Tensor`, (N,)
-        Not negative.
+        Below 0 only where the truth has noise.
     knee : `float`
         Loss above which the logarithm sets in.
     """
-    return knee * torch.log1p(loss / knee)
+    return torch.where(loss > 0, knee * torch.log1p(loss.clamp(min=0.0) / knee), loss)
