@@ -16,4 +16,5 @@ config.population.n_validation = config.population.n_test = 1500
 config.prior.samples = 19_200
 # What ships saw two exposures in the first 160 000 (doc/experiments/010).
 config.deblender.samples = 192_000
+config.deblender.exposures = 4
 config.prior.learning_rate = config.deblender.learning_rate = 5e-4

@@ -7,9 +7,6 @@ import os
 
 config.load(os.path.join(os.path.dirname(__file__), "arcelin2020_lsst.py"))
 config.name = "arcelin2020_lsst_euclid"
-config.deblender.samples = 497_600
-# The less noise, the less bias: two suffice.
-config.deblender.exposures = 2
 config.deblender.base = "arcelin2020_lsst_euclid_first"
 config.survey = "LSST+Euclid_VIS+Euclid_NISP"
 # IE is VIS; YE, JE and HE are NISP's.
