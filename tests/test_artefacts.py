@@ -59,7 +59,9 @@ def test_the_papers_network_keeps_the_shape_of_the_brightest_galaxy():
     bright = sample.snr > 50
     assert bright.sum() > 50
     assert np.abs(np.median(sample.mag_error("network")[bright])) < 0.2
-    assert np.median(np.abs(sample.shape_error("network")[bright])) < 0.1
+    # KSB has no shape for a few that are seen edge-on.
+    error = sample.shape_error("network")[bright]
+    assert np.isnan(error).mean() < 0.03 and np.nanmedian(np.abs(error)) < 0.1
 
 
 @pytest.mark.parametrize("name", SURVEYS)

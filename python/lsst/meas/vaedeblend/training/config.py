@@ -136,6 +136,9 @@ class TrainingConfig(Config):
     """Everything that makes a network."""
 
     name = Field[str]("Name of the network, and of its files.", default="network")
+    base = Field[str](
+        "Not used.", optional=True, deprecated="Each step has a base of its own (prior.base, deblender.base)."
+    )
     survey = Field[str](
         'Survey: a name that surveycodex knows, or several joined by "+", whose bands share one network.',
         default="LSST",
