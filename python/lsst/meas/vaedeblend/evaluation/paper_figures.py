@@ -283,6 +283,9 @@ def posterior(blend_rgb: Sequence[NDArray], draws: Sequence[Mapping[str, tuple[N
                 a.set_xlabel(name)
         for a in row[1:]:
             a.axvline(0.0, color="black", linewidth=0.6)
+            a.locator_params(axis="x", nbins=5)
+            # Room for the legend above the curves.
+            a.set_ylim(top=1.25 * a.get_ylim()[1])
             a.legend(fontsize=7)
     return figure
 
