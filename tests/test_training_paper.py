@@ -24,7 +24,7 @@ from lsst.meas.vaedeblend.training.convolutional import (
     denormalise,
     normalise,
 )
-from lsst.meas.vaedeblend.training.export import MAX_RELATIVE_DIFFERENCE, export_network
+from lsst.meas.vaedeblend.training.export import export_network
 from lsst.meas.vaedeblend.training.fit import VaeModule, _response, fit_step
 from lsst.meas.vaedeblend.training.galaxies import component_profile, galaxy_profile
 from lsst.meas.vaedeblend.training.losses import bernoulli_loss, logarithmic
@@ -465,8 +465,7 @@ def test_artefact_takes_image_and_epsilon(trained):
     assert network._inputs == ("image", "epsilon")
     m = network.metadata
     assert m.centre == (31.5, 31.5) and m.frame["fwhm"]["r"] == 0.65
-    # Rounding differs between machines; a wrong graph is off by far more.
-    assert 0 < m.figures_of_merit["onnx_torch_difference"] < MAX_RELATIVE_DIFFERENCE["convolutional"]
+    assert m.figures_of_merit["onnx_torch_difference"] < 1e-4
     prior = Network.load(where / "out" / "arcelin2020_lsst_prior.onnx")
     assert prior.metadata.name == "arcelin2020_lsst_prior"
     banks = bl.BlendBanks.load(where / "data", "test", survey_of(config))

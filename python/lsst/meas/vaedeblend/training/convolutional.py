@@ -40,12 +40,11 @@ def normalise(image: Tensor, scale: Tensor) -> Tensor:
 def denormalise(logit: Tensor, scale: Tensor) -> Tensor:
     """Inverse of `normalise` for x = sigmoid(logit): nJy.
 
-    y = x / sqrt((1 - x) (1 + x)), with 1 - x = sigmoid(-logit), which keeps its digits near 1.
+    y = x / sqrt((1 - x) (1 + x)) = exp(logit) / sqrt(1 + 2 exp(logit)). Sigmoids would do in torch; those of
+    onnxruntime have an absolute error, which leaves few digits of 1 - x where pixels are bright.
     """
-    logit = logit.clamp(max=_MAX_LOGIT)
-    x = torch.sigmoid(logit)
-    y = x * torch.rsqrt(torch.sigmoid(-logit) * (1.0 + x))
-    return y * (scale / BETA)[:, None, None]
+    odds = torch.exp(logit.clamp(max=_MAX_LOGIT))
+    return odds * torch.rsqrt(1.0 + 2.0 * odds) * (scale / BETA)[:, None, None]
 
 
 class _Rectifier(torch.autograd.Function):
