@@ -59,7 +59,7 @@ def test_the_papers_network_keeps_the_shape_of_the_brightest_galaxy():
     bright = sample.snr > 50
     assert bright.sum() > 50
     assert np.abs(np.median(sample.mag_error("network")[bright])) < 0.2
-    # KSB has no shape for a few that are seen edge-on.
+    # Of a few edge-on galaxies, bright ones among them, the model has no KSB shape though the truth has one.
     error = sample.shape_error("network")[bright]
     assert np.isnan(error).mean() < 0.03 and np.nanmedian(np.abs(error)) < 0.1
 
