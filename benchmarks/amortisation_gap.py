@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lsst.meas.vaedeblend.evaluation.metrics import ksb_shape, nmad
-from lsst.meas.vaedeblend.psf import gaussian_psf
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.training.config import load_config
 from lsst.meas.vaedeblend.training.fit import SceneData, VaeModule
 from lsst.meas.vaedeblend.training.galaxies import MODEL_SIGMA, GalaxyBank

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lsst.meas.vaedeblend.catalog import reference_band
 from lsst.meas.vaedeblend.evaluation.metrics import ksb_shape, shear_bias
+from lsst.meas.vaedeblend.ground.bands import reference_band
 from lsst.meas.vaedeblend.training.blends import psf_stamp
 from lsst.meas.vaedeblend.training.config import load_config
 from lsst.meas.vaedeblend.training.fit import SceneData, VaeModule

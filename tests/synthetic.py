@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.network import NetworkMetadata, embed_metadata
-from lsst.meas.vaedeblend.psf import gaussian_psf
 from lsst.meas.vaedeblend.scene import Parent, PsfGrid, Scene, find_parents
 from onnx import TensorProto, helper, numpy_helper
 from scipy import ndimage

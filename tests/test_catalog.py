@@ -10,15 +10,10 @@ import numpy as np
 import pytest
 import synthetic
 from astropy import units as u
-from lsst.meas.vaedeblend.catalog import (
-    PARENT_FLAGS,
-    SOURCE_FLAGS,
-    models_table,
-    object_table,
-    parent_table,
-    reference_band,
-)
+from lsst.meas.vaedeblend.catalog import models_table, object_table, parent_table
 from lsst.meas.vaedeblend.deblender import deblend
+from lsst.meas.vaedeblend.ground.bands import reference_band
+from lsst.meas.vaedeblend.ground.flags import PARENT_FLAGS, SOURCE_FLAGS
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 from lsst.meas.vaedeblend.evaluation.coverage import INTERVAL, ellipticity, flux_inside, shape_inside
-from lsst.meas.vaedeblend.models import Renderer
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.network import load_network
-from lsst.meas.vaedeblend.psf import gaussian_psf
+from lsst.meas.vaedeblend.rendering import Renderer
 from lsst.meas.vaedeblend.scene import PsfGrid
 
 

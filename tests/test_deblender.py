@@ -15,9 +15,9 @@ from lsst.meas.vaedeblend.deblender._passes import take_pass
 from lsst.meas.vaedeblend.deblender._start import place_first
 from lsst.meas.vaedeblend.deblender._state import State
 from lsst.meas.vaedeblend.fluxes import joint_fluxes
-from lsst.meas.vaedeblend.models import render
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.network import Network, NetworkError
-from lsst.meas.vaedeblend.psf import gaussian_psf
+from lsst.meas.vaedeblend.rendering import render
 from lsst.meas.vaedeblend.scene import Parent, PsfGrid, Scene
 from lsst.pex.config import FieldValidationError
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from lsst.meas.vaedeblend.evaluation.detection import detection_mask, psf_sigma
 from lsst.meas.vaedeblend.evaluation.fields import FieldFile, evaluate_fields
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.network import NetworkError
-from lsst.meas.vaedeblend.psf import gaussian_psf
 from synthetic import gaussian_image, metadata, write_network
 
 BANDS = ("g", "r", "i")

@@ -11,8 +11,8 @@ import shutil
 import numpy as np
 import pytest
 from lsst.meas.vaedeblend.evaluation.hsc import BANDS, HscBlend, calibration_factor, evaluate_hsc
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.network import NetworkError
-from lsst.meas.vaedeblend.psf import gaussian_psf
 from matplotlib.image import imread
 from synthetic import gaussian_image, metadata, write_network
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from lsst.meas.vaedeblend.ground.flags import SKIP_FLAGS
 from lsst.meas.vaedeblend.scene import Parent
-from lsst.meas.vaedeblend.tasks.limits import SKIP_FLAGS, LimitsConfig, axis_ratio, why_skipped
+from lsst.meas.vaedeblend.tasks.limits import LimitsConfig, axis_ratio, why_skipped
 
 PARENT = Parent(1, 3, 5, np.ones((10, 20), bool), [[6, 4], [9, 9]])
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.peaks import detection_image, detection_norm, find_peaks
+from lsst.meas.vaedeblend.ground.peaks import detection_image, detection_norm, find_peaks
 from synthetic import gaussian_image
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import galsim
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.psf import (
+from lsst.meas.vaedeblend.ground.psf import (
     adaptive_moments,
     convolve_to_observed,
     difference_kernel_ft,

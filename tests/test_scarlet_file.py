@@ -28,9 +28,9 @@ from lsst.meas.vaedeblend.adapters.scarlet_file import (
     write,
 )
 from lsst.meas.vaedeblend.evaluation.fields import FieldFile
-from lsst.meas.vaedeblend.models import SourceModels
-from lsst.meas.vaedeblend.psf import gaussian_psf
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.scene import Parent, PsfGrid
+from lsst.meas.vaedeblend.sources import SourceModels
 from scipy import ndimage
 
 SIZE = 64

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.psf import gaussian_psf
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.scene import Parent, PsfGrid, Scene, assign_peaks, find_parents
 
 

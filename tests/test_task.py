@@ -22,9 +22,10 @@ from lsst.meas.vaedeblend.adapters.butler_repo import (
     run_pipetask,
 )
 from lsst.meas.vaedeblend.adapters.cell_coadd import scene_from_cell_coadds
-from lsst.meas.vaedeblend.catalog import SOURCE_FLAGS
-from lsst.meas.vaedeblend.models import SourceModels, render
+from lsst.meas.vaedeblend.ground.flags import SOURCE_FLAGS
 from lsst.meas.vaedeblend.network import NetworkError, load_network
+from lsst.meas.vaedeblend.rendering import render
+from lsst.meas.vaedeblend.sources import SourceModels
 from lsst.meas.vaedeblend.tasks import VaeDeblendConfig, VaeDeblendConnections, VaeDeblendTask
 from lsst.meas.vaedeblend.tasks.identifiers import PatchIds
 from lsst.pex.config import FieldValidationError

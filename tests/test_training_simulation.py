@@ -7,7 +7,7 @@ import shutil
 import galsim
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.psf import difference_kernel_ft
+from lsst.meas.vaedeblend.ground.psf import difference_kernel_ft
 from lsst.meas.vaedeblend.training import population as pop
 from lsst.meas.vaedeblend.training.config import PopulationConfig
 from lsst.meas.vaedeblend.training.galaxies import MODEL_SIGMA, GalaxyBank, galaxy_profile, render_bank

@@ -23,7 +23,7 @@ from lsst.meas.vaedeblend.adapters.afw_scene import (
     set_plane,
     union_planes,
 )
-from lsst.meas.vaedeblend.psf import gaussian_psf
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 
 pytestmark = pytest.mark.stack
 

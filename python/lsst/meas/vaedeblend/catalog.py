@@ -1,80 +1,27 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Columns, units and flags of the output tables."""
+"""Columns and units of the output tables; their flags are in `lsst.meas.vaedeblend.ground.flags`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .models import ParentSummary, SourceModels
-from .psf import adaptive_moments
+from .ground.bands import reference_band
+from .ground.flags import PARENT_FLAGS, SOURCE_FLAGS
+from .ground.psf import adaptive_moments
+from .sources import ParentSummary, SourceModels
 
 if TYPE_CHECKING:
     from astropy.table import Table
 
-__all__ = [
-    "FLAGS",
-    "PARENT_FLAGS",
-    "SOURCE_FLAGS",
-    "Sky",
-    "models_table",
-    "object_table",
-    "parent_table",
-    "reference_band",
-]
-
-SOURCE_FLAGS: dict[str, str] = {
-    "edge": "The peak is close to the border of the image or to pixels too close to the edge for detection",
-    "masked_centre": "The pixel of the peak is masked in a band",
-    "peak_outside": "The peak lies outside the image; there is no model",
-    "masked": "The parent has no valid pixel; there is no model",
-    "too_many_peaks": "Not among the brightest peaks of a parent with more than allowed; there is no model",
-    "not_finite": "The network's output was not finite, or empty",
-    "fallback": "No model from the network: a point source and its share of what the image holds instead",
-    "no_psf": "A PSF is missing here and that of the nearest cell was used, or its band has none",
-    "missing_band": "A band has no valid pixel under the model, or no PSF; its flux is NaN",
-    "outside_training_range": "Noise or seeing is outside the range the network was trained on",
-    "insignificant": "Removing the source would raise chi-square by less than its parameters cost",
-    "no_convergence": "Its parent reached the iteration limit",
-}
-"""Flags of sources: name to meaning."""
-
-PARENT_FLAGS: dict[str, str] = {
-    "masked": "No pixel of the footprint is valid; nothing was deblended",
-    "parent_too_big": "The footprint's bounding box is larger than the network's cutout",
-    "too_many_peaks": "There are more peaks than allowed; only the brightest were deblended",
-    "no_convergence": "The iteration limit came before the fluxes settled or new peaks ran out",
-    "incomplete_data": "Some pixels of the footprint are not valid in every band",
-    "failed_source": "A source has no model from the network",
-    "no_peak": "No peak was given and none was significant: the maximum was taken",
-}
-"""Flags of parents: name to meaning."""
-
-FLAGS: dict[str, str] = {**PARENT_FLAGS, **SOURCE_FLAGS}
-"""All flags: name to meaning. Columns are called ``deblend_flag_`` and the name."""
+__all__ = ["Sky", "models_table", "object_table", "parent_table"]
 
 Sky = Callable[[NDArray[np.float64], NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 """A sky projection: tract pixels (x, y) to right ascension and declination, degree."""
-
-
-def reference_band(bands: Sequence[str]) -> str:
-    """Choose the band in which shapes are measured and trainings judged.
-
-    Parameters
-    ----------
-    bands : `~collections.abc.Sequence` [`str`]
-        Bands there are.
-
-    Returns
-    -------
-    band : `str`
-        r or i, where galaxies are measured best from the ground, or else the middle one.
-    """
-    return next((band for band in ("r", "i") if band in bands), bands[len(bands) // 2])
 
 
 def _table(columns: list[tuple[str, NDArray, str, str]]) -> Table:

@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 
 from .adapters.butler_repo import CoaddRepository, PatchLayout, run_pipetask
 from .adapters.cell_coadd import scene_from_cell_coadds
-from .catalog import reference_band
 from .evaluation.detection import detection_mask, psf_sigma
 from .evaluation.figures import colour, new_figure, residual_map, show_colour, show_sigma
 from .evaluation.metrics import MATCH_RADIUS, SNR_LIMIT, match, nmad, run_seconds
 from .evaluation.patch import SimulatedPatch, simulate_patch
-from .models import SourceModels, cut_out, render
+from .ground.bands import reference_band
+from .ground.cutouts import cut_out
 from .network import load_network
+from .rendering import render
 from .scene import Scene
+from .sources import SourceModels
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.demo")
 

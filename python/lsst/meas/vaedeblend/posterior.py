@@ -9,11 +9,12 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from .catalog import reference_band
-from .models import Renderer, SourceModels, unit_shapes
+from .ground.bands import reference_band
+from .ground.psf import adaptive_moments
 from .network import Network
-from .psf import adaptive_moments
+from .rendering import Renderer, unit_shapes
 from .scene import PsfGrid
+from .sources import SourceModels
 
 __all__ = ["Posterior", "sample_posterior"]
 
@@ -63,7 +64,7 @@ def sample_posterior(
 
     Parameters
     ----------
-    models : `lsst.meas.vaedeblend.models.SourceModels`
+    models : `lsst.meas.vaedeblend.sources.SourceModels`
         The sources.
     network : `lsst.meas.vaedeblend.network.Network`
         The network they come from, with its decoder.
@@ -73,7 +74,7 @@ def sample_posterior(
         Draws per source, an even number; with 0 there are no errors of shapes, and those of fluxes are the
         sources' own.
     band : `str`, optional
-        Band of the shapes, by default that of `lsst.meas.vaedeblend.catalog.reference_band`.
+        Band of the shapes, by default that of `lsst.meas.vaedeblend.ground.bands.reference_band`.
 
     Returns
     -------

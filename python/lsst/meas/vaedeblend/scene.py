@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from .psf import adaptive_moments
+from .ground.psf import adaptive_moments
 
 __all__ = ["Parent", "PsfGrid", "Scene", "assign_peaks", "find_parents"]
 

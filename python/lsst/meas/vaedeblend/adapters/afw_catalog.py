@@ -29,11 +29,10 @@ from lsst.afw.detection import PeakTable
 from lsst.afw.table import SchemaMapper, SourceCatalog, SourceTable
 from numpy.typing import NDArray
 
-from ..catalog import SOURCE_FLAGS
 from ..deblender import DeblendResult
+from ..ground.flags import SKIP_FLAGS, SOURCE_FLAGS
 from ..posterior import Posterior
 from ..scene import Parent
-from ..tasks.limits import SKIP_FLAGS
 from .afw_scene import parent_from_footprint
 
 if TYPE_CHECKING:
@@ -266,7 +265,7 @@ class MergedParent:
     pseudo : `bool`
         Whether it is a pseudo source.
     skipped : `str` or `None`
-        Why it is not deblended, a key of `lsst.meas.vaedeblend.tasks.limits.SKIP_FLAGS`.
+        Why it is not deblended, a key of `lsst.meas.vaedeblend.ground.flags.SKIP_FLAGS`.
     row : `int` or `None`
         Row of the deblender's parents.
     sources : `numpy.ndarray`

@@ -34,7 +34,7 @@ from lsst.meas.base import (
 from lsst.meas.base.pluginRegistry import register
 from lsst.pex.config import Config, ListField
 
-from ..catalog import SOURCE_FLAGS
+from ..ground.flags import SOURCE_FLAGS
 from .afw_catalog import posterior_column
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..catalog import SOURCE_FLAGS
-from ..psf import FWHM_PER_SIGMA
+from ..ground.flags import SOURCE_FLAGS
+from ..ground.psf import FWHM_PER_SIGMA
 from ._pruning import worth
 from ._state import State
 

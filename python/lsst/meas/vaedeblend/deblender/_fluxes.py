@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 
 from ..fluxes import joint_fluxes, normal_equations
-from ..models import cut_out
+from ..ground.cutouts import cut_out
 from ._state import State
 
 __all__ = ["solve"]

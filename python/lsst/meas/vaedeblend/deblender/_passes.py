@@ -7,7 +7,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models import cut_out, unit_shapes
+from ..ground.cutouts import cut_out
+from ..rendering import unit_shapes
 from ._fluxes import solve
 from ._state import State
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models import cut_out
+from ..ground.cutouts import cut_out
 from ._fluxes import solve
 from ._state import State
 

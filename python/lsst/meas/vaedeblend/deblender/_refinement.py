@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from ..models import cut_out, unit_shapes
+from ..ground.cutouts import cut_out
 from ..refine import WIDTHS, LinearisedModels, choose_widths
+from ..rendering import unit_shapes
 from ._fluxes import solve
 from ._passes import apply_network
 from ._rows import FIRST_DAMPING

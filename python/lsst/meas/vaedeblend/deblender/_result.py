@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from ..models import ParentSummary, SourceModels, add_cutouts, cut_out, overlaps
+from ..ground.cutouts import add_cutouts, cut_out, overlaps
+from ..sources import ParentSummary, SourceModels
 from ._flags import source_flags
 from ._state import State
 

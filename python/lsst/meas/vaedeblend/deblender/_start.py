@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..peaks import find_peaks
+from ..ground.peaks import find_peaks
 from ._state import State
 
 __all__ = ["place_first"]

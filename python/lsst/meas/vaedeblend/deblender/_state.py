@@ -7,11 +7,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..catalog import PARENT_FLAGS
-from ..models import Renderer, overlaps
+from ..ground.cutouts import overlaps
+from ..ground.flags import PARENT_FLAGS
+from ..ground.peaks import detection_image
+from ..ground.psf import moments_sigma
 from ..network import Network
-from ..peaks import detection_image
-from ..psf import moments_sigma
+from ..rendering import Renderer
 from ..scene import Scene
 from ._config import DeblendConfig
 from ._rows import Rows

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from ..peaks import find_peaks
+from ..ground.peaks import find_peaks
 from ._pruning import drop, weed
 from ._state import State
 

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from ..models import Renderer, SourceModels
+from ..ground.psf import adaptive_moments
 from ..network import Network
-from ..psf import adaptive_moments
+from ..rendering import Renderer
 from ..scene import Scene
+from ..sources import SourceModels
 
 INTERVAL = float(norm.cdf(1) - norm.cdf(-1))
 """Probability within one standard deviation, 0.683."""
@@ -25,7 +26,7 @@ def flux_inside(sources: SourceModels, rows: NDArray, flux: NDArray) -> NDArray[
 
     Parameters
     ----------
-    sources : `lsst.meas.vaedeblend.models.SourceModels`
+    sources : `lsst.meas.vaedeblend.sources.SourceModels`
         Deblended sources.
     rows : `numpy.ndarray`, (K,)
         Rows of the sources in question.
@@ -59,7 +60,7 @@ def shape_inside(
 
     Parameters
     ----------
-    sources : `lsst.meas.vaedeblend.models.SourceModels`
+    sources : `lsst.meas.vaedeblend.sources.SourceModels`
         Deblended sources.
     rows : `numpy.ndarray`, (K,)
         Rows of the sources in question.

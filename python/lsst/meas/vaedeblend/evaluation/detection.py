@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from ..peaks import detection_image
-from ..psf import adaptive_moments, moments_sigma
+from ..ground.peaks import detection_image
+from ..ground.psf import adaptive_moments, moments_sigma
 
 
 def psf_sigma(stamps: ArrayLike) -> NDArray[np.float64]:

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.footprints import parents_from_peaks
-from ..catalog import reference_band
 from ..deblender import DeblendConfig, deblend
-from ..models import SourceModels
+from ..ground.bands import reference_band
+from ..ground.psf import FWHM_PER_SIGMA
 from ..network import Network, load_network
-from ..psf import FWHM_PER_SIGMA
 from ..scene import PsfGrid, Scene, find_parents
+from ..sources import SourceModels
 from .coverage import flux_inside, shape_inside
 from .detection import detection_mask, psf_sigma
 from .metrics import MATCH_RADIUS, SNR_LIMIT, match, stamp_snr

@@ -25,8 +25,8 @@ from typing import Any
 from lsst.pex.config import Config, ConfigField, Field, FieldValidationError, ListField, RangeField
 from lsst.pipe.base import AlgorithmError, NoWorkFound
 
-from ..catalog import SOURCE_FLAGS
 from ..deblender import DeblendConfig, DeblendResult, deblend
+from ..ground.flags import SOURCE_FLAGS
 from ..network import Network, NetworkError, NetworkMetadata, load_network, read_metadata, resolve
 from ..scene import Scene
 

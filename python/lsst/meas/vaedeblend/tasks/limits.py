@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SKIP_FLAGS", "LimitsConfig", "axis_ratio", "why_skipped"]
+__all__ = ["LimitsConfig", "axis_ratio", "why_skipped"]
 
 from collections.abc import Mapping
 
@@ -14,13 +14,6 @@ from lsst.pex.config import Config, DictField, Field
 from numpy.typing import NDArray
 
 from ..scene import Parent
-
-SKIP_FLAGS: dict[str, str] = {
-    "parentTooBig": "Parent footprint is larger or more elongated than the limits allow",
-    "masked": "Parent footprint has too many masked pixels",
-    "tooManyPeaks": "Parent has more peaks than the limit allows",
-}
-"""Reasons to skip a parent: end of the flag's name to meaning."""
 
 
 class LimitsConfig(Config):
@@ -62,7 +55,7 @@ def why_skipped(parent: Parent, n_peaks: int, masks: Mapping[str, NDArray[np.boo
     Returns
     -------
     reason : `str` or `None`
-        Key of `SKIP_FLAGS`, or nothing if the parent is within all limits.
+        Key of `~lsst.meas.vaedeblend.ground.flags.SKIP_FLAGS`, or nothing if the parent is within all limits.
     """
     height, width = parent.footprint.shape
     area = height * width

@@ -27,8 +27,8 @@ from ..adapters.afw_catalog import (
 from ..adapters.afw_scarlet import to_model_data
 from ..adapters.afw_scene import scene_from_exposures, set_plane, union_planes
 from ..adapters.scarlet_file import ScarletModels, isolated_to_scarlet, models_to_scarlet
-from ..catalog import reference_band
 from ..deblender import DeblendResult
+from ..ground.bands import reference_band
 from ..network import Network, NetworkError
 from ..posterior import sample_posterior
 from ..scene import Scene

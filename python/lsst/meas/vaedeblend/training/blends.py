@@ -45,7 +45,7 @@ from lsst.pex.config import ChoiceField, Config, DictField, Field, ListField
 from photutils.centroids import centroid_quadratic
 from photutils.detection import find_peaks
 
-from ..psf import adaptive_moments
+from ..ground.psf import adaptive_moments
 from .galaxies import GalaxyBank, render_bank
 from .population import Population
 from .scenes import Cutouts, quarter_turn, turn_offset

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..catalog import reference_band
 from ..evaluation.metrics import ksb_shape, nmad
+from ..ground.bands import reference_band
+from ..ground.psf import gaussian_psf
 from ..network import Network, NetworkMetadata, embed_metadata
-from ..psf import gaussian_psf
 from .blends import psf_stamp
 from .config import TrainingConfig, training_length
 from .derivatives import DecoderJacobian
@@ -162,9 +162,9 @@ def figures_of_merit(
     Returns
     -------
     figures : `dict` [`str`, `float`]
-        For sources with matched-filter S/N above 10 in the reference band (see
-        `lsst.meas.vaedeblend.catalog.reference_band`), centred at the true pixel, without later iterations
-        or flux solve: ``flux_meanabs`` and ``flux_nmad`` of F / F_true - 1 with errors cut at 5;
+        For sources with matched-filter S/N above 10 in the reference band
+        (`lsst.meas.vaedeblend.ground.bands.reference_band`), centred at the true pixel, without later
+        iterations or flux solve: ``flux_meanabs`` and ``flux_nmad`` of F / F_true - 1 with errors cut at 5;
         ``cosine_mean``, the mean cosine similarity in the models' frame; ``ellipticity_nmad`` and
         ``shear_response_m``, scatter and slope of the error of the KSB ellipticity against the true one,
         galsim.hsm with that frame's PSF.

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..catalog import reference_band
+from ..ground.bands import reference_band
 from .blends import BlendBanks, BlendComposer
 from .config import FitConfig, TrainingConfig
 from .convolutional import normalise

@@ -30,7 +30,7 @@ import scipy.fft
 from lsst.pex.config import Config, Field, ListField
 from numpy.typing import NDArray
 
-from ..psf import adaptive_moments, difference_kernel_ft, moments_sigma
+from ..ground.psf import adaptive_moments, difference_kernel_ft, moments_sigma
 from .galaxies import MODEL_SIGMA, GalaxyBank
 from .surveys import SurveyInfo
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ...models import SourceModels
-from ...psf import gaussian_psf
+from ...ground.psf import gaussian_psf
 from ...scene import Parent
+from ...sources import SourceModels
 from ._factorize import factorize
 from ._records import (
     FactorizedComponent,
@@ -87,7 +87,7 @@ def models_to_scarlet(
 
     Parameters
     ----------
-    models : `lsst.meas.vaedeblend.models.SourceModels`
+    models : `lsst.meas.vaedeblend.sources.SourceModels`
         The sources, whose model frame has to be a Gaussian's. Ids and parents are those of the catalogues
         that go with the file.
     psf : array_like, (B, h, w)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...psf import convolve_to_observed, fft_size, matching_kernel_ft
+from ...ground.psf import convolve_to_observed, fft_size, matching_kernel_ft
 from ...scene import PsfGrid
 from ._records import ScarletModels, ScarletSource
 

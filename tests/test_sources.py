@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 import synthetic
 from lsst.meas.vaedeblend.deblender import DeblendConfig, deblend
-from lsst.meas.vaedeblend.models import (
-    Renderer,
-    SourceModels,
-    add_cutouts,
-    cut_out,
-    redistribute,
-    render,
-    unit_shapes,
-)
+from lsst.meas.vaedeblend.ground.cutouts import add_cutouts, cut_out
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf, kolmogorov_psf
 from lsst.meas.vaedeblend.network import Network
-from lsst.meas.vaedeblend.psf import gaussian_psf, kolmogorov_psf
+from lsst.meas.vaedeblend.redistribute import redistribute
+from lsst.meas.vaedeblend.rendering import Renderer, render, unit_shapes
 from lsst.meas.vaedeblend.scene import PsfGrid
+from lsst.meas.vaedeblend.sources import SourceModels
 
 
 @pytest.fixture(scope="module")

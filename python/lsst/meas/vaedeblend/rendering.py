@@ -1,0 +1,181 @@
+# This file is part of meas_vaedeblend.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How models are rendered: shapes and fluxes, and from a network's frame to the coadd's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.fft
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import erf
+
+from .ground.cutouts import add_cutouts
+from .ground.psf import (
+    FWHM_PER_SIGMA,
+    convolve_to_observed,
+    difference_kernel_ft,
+    fft_size,
+    gaussian_psf,
+    kolmogorov_psf,
+    matching_kernel_ft,
+)
+from .network import NetworkMetadata
+from .scene import PsfGrid
+
+if TYPE_CHECKING:
+    from .sources import SourceModels
+
+__all__ = ["Renderer", "render", "unit_shapes"]
+
+
+def unit_shapes(models: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_]]:
+    """Split models into shapes and fluxes.
+
+    Parameters
+    ----------
+    models : array_like, (N, B, S, S)
+        Models, nJy.
+
+    Returns
+    -------
+    shapes : `numpy.ndarray`, (N, B, S, S)
+        Shapes with sum 1 in each band. A band whose model has no flux worth the name (a sum below a tenth of
+        the sum of its absolute values) takes the mean shape of the other bands.
+    flux : `numpy.ndarray`, (N, B)
+        Sums of the models, nJy.
+    sound : `numpy.ndarray`, (N,)
+        Whether any band has a shape; ``shapes`` are 0 where none has.
+    """
+    models = np.asarray(models, dtype=np.float32)
+    flux = models.sum(axis=(2, 3), dtype=np.float64)
+    good = flux > 0.1 * np.abs(models).sum(axis=(2, 3), dtype=np.float64)
+    shapes = models / np.where(good, flux, 1.0)[:, :, None, None].astype(np.float32)
+    for i in np.flatnonzero(~good.all(axis=1)):
+        shapes[i, ~good[i]] = shapes[i, good[i]].mean(axis=0) if good[i].any() else 0.0
+    return shapes, flux, good.any(axis=1)
+
+
+class Renderer:
+    """Takes models from a network's frame to the frame of the local PSFs.
+
+    Parameters
+    ----------
+    metadata : `NetworkMetadata`
+        Of the network or decoder whose models are rendered.
+    psf : `PsfGrid`
+        PSFs of the scene in the network's bands. Missing stamps are taken from the nearest cell; a band
+        without any stamp renders as 0.
+    """
+
+    def __init__(self, metadata: NetworkMetadata, psf: PsfGrid) -> None:
+        if psf.stamps.shape[1] != len(metadata.bands):
+            raise ValueError(f"The network has bands {list(metadata.bands)}, the PSF {psf.stamps.shape[1]}.")
+        self.metadata = metadata
+        self.psf = psf.filled()
+        self._size = fft_size(metadata.cutout_size, max(psf.stamps.shape[2:]))
+        self._kernels: dict[int, NDArray[np.complex64]] = {}
+
+    def _network_psf(self, band: str) -> NDArray[np.float64]:
+        """The PSF that an observed-frame network has in its models, pixel-integrated."""
+        frame = self.metadata.frame
+        fwhm = frame["fwhm"][band] / self.metadata.pixel_scale
+        # On a stamp as large as the scene's, so that equal PSFs are cut off equally and cancel exactly.
+        width = max(self.psf.stamps.shape[2:])
+        if frame.get("profile", "kolmogorov") == "gaussian":
+            return gaussian_psf(fwhm / FWHM_PER_SIGMA, width)
+        return kolmogorov_psf(fwhm, width)
+
+    def _kernel(self, cell: int) -> NDArray[np.complex64]:
+        kernel = self._kernels.get(cell)
+        if kernel is None:
+            frame = self.metadata.frame
+            stamps = np.nan_to_num(self.psf.stamps[cell])
+            if frame["type"] == "gaussian":
+                kernel = difference_kernel_ft(stamps, frame["sigma"], self._size)
+            else:
+                present = np.stack([self._network_psf(band) for band in self.metadata.bands])
+                # What a wide PSF has taken away cannot be had back: below a hundredth it would be noise.
+                kernel = matching_kernel_ft(stamps, present, self._size, floor=1e-2)
+            kernel[~self.psf.valid[cell]] = 0.0
+            kernel = self._kernels[cell] = kernel.astype(np.complex64)
+        return kernel
+
+    def observed(self, models: ArrayLike, psf_index: ArrayLike) -> NDArray[np.float32]:
+        """Convolve models to the observed frame.
+
+        Parameters
+        ----------
+        models : array_like, (N, B, S, S)
+            Models in the network's frame, nJy.
+        psf_index : array_like, (N,)
+            PSF cell of each one.
+
+        Returns
+        -------
+        observed : `numpy.ndarray`, (N, B, S, S)
+            The models as the coadd shows them, nJy.
+        """
+        cells, index = np.unique(np.asarray(psf_index), return_inverse=True)
+        if not len(cells):
+            return np.asarray(models, dtype=np.float32).copy()
+        return convolve_to_observed(models, np.stack([self._kernel(int(c)) for c in cells]), index)
+
+    def point_sources(self, dx: ArrayLike, dy: ArrayLike) -> NDArray[np.float32]:
+        """Render unresolved sources of unit flux in the network's frame.
+
+        Parameters
+        ----------
+        dx, dy : array_like, (N,)
+            Offsets from the cutout's centre, pixel.
+
+        Returns
+        -------
+        models : `numpy.ndarray`, (N, B, S, S)
+            The network frame's PSF, in every band with sum 1 but for what falls off the cutout.
+        """
+        dx, dy = np.asarray(dx, dtype=float), np.asarray(dy, dtype=float)
+        m, size = self.metadata, self.metadata.cutout_size
+        out = np.empty((len(dx), len(m.bands), size, size), np.float32)
+        x, y = dx + m.centre[1], dy + m.centre[0]
+        if m.frame["type"] == "gaussian":
+            out[:] = _gaussians(x, y, m.frame["sigma"], size)[:, None]
+            return out
+        grid = (self._size, self._size)
+        fy, fx = scipy.fft.fftfreq(self._size)[:, None], scipy.fft.rfftfreq(self._size)
+        for i, band in enumerate(m.bands):
+            stamp = self._network_psf(band)
+            middle = len(stamp) // 2
+            shift = (y - middle)[:, None, None] * fy + (x - middle)[:, None, None] * fx
+            spectrum = scipy.fft.rfft2(stamp, s=grid) * np.exp(-2j * np.pi * shift)
+            out[:, i] = scipy.fft.irfft2(spectrum, s=grid)[:, :size, :size]
+        return out
+
+
+def _gaussians(x: NDArray, y: NDArray, sigma: float, size: int) -> NDArray[np.float64]:
+    """Pixel-integrated Gaussians of unit flux at (x, y): (N, size, size)."""
+    edges = np.arange(size + 1) - 0.5
+    along_x = 0.5 * np.diff(erf((edges - x[:, None]) / (np.sqrt(2.0) * sigma)), axis=1)
+    along_y = 0.5 * np.diff(erf((edges - y[:, None]) / (np.sqrt(2.0) * sigma)), axis=1)
+    return along_y[:, :, None] * along_x[:, None, :]
+
+
+def render(models: SourceModels, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Render the sum of all models as the coadd shows it.
+
+    Parameters
+    ----------
+    models : `SourceModels`
+        The sources.
+    shape : `tuple` [`int`]
+        (H, W) of the scene.
+
+    Returns
+    -------
+    image : `numpy.ndarray`, (B, H, W)
+        The sum, nJy, float32, bands in the models' order.
+    """
+    total = np.zeros((len(models.bands), *shape), np.float32)
+    add_cutouts(total, models.observed, models.corner_y, models.corner_x)
+    return total
