@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lsst.meas.vaedeblend.evaluation.metrics import ksb_shape, nmad
 from lsst.meas.vaedeblend.ground.psf import gaussian_psf
-from lsst.meas.vaedeblend.training.config import load_config
+from lsst.meas.vaedeblend.ground.statistics import nmad
+from lsst.meas.vaedeblend.simulation.config import load_config
+from lsst.meas.vaedeblend.simulation.galaxies import MODEL_SIGMA, GalaxyBank
+from lsst.meas.vaedeblend.simulation.ksb import ksb_shape
+from lsst.meas.vaedeblend.simulation.scenes import SceneComposer
 from lsst.meas.vaedeblend.training.fit import SceneData, VaeModule
-from lsst.meas.vaedeblend.training.galaxies import MODEL_SIGMA, GalaxyBank
-from lsst.meas.vaedeblend.training.scenes import SceneComposer
 from lsst.meas.vaedeblend.training.weights import load_weights
 
 

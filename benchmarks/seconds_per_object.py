@@ -17,9 +17,9 @@ import time
 import numpy as np
 from lsst.meas.vaedeblend.deblender import DeblendConfig, deblend
 from lsst.meas.vaedeblend.evaluation.detection import detection_mask, psf_sigma
-from lsst.meas.vaedeblend.evaluation.patch import simulate_patch
 from lsst.meas.vaedeblend.network import Network
 from lsst.meas.vaedeblend.scene import find_parents
+from lsst.meas.vaedeblend.simulation.patch import simulate_patch
 
 
 class _Clock:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lsst.meas.vaedeblend.evaluation.metrics import ksb_shape, shear_bias
+from lsst.meas.vaedeblend.evaluation.metrics import shear_bias
 from lsst.meas.vaedeblend.ground.bands import reference_band
-from lsst.meas.vaedeblend.training.blends import psf_stamp
-from lsst.meas.vaedeblend.training.config import load_config
+from lsst.meas.vaedeblend.simulation.blends import psf_stamp
+from lsst.meas.vaedeblend.simulation.config import load_config
+from lsst.meas.vaedeblend.simulation.ksb import ksb_shape
+from lsst.meas.vaedeblend.simulation.scenes import squared_snr
 from lsst.meas.vaedeblend.training.fit import SceneData, VaeModule
-from lsst.meas.vaedeblend.training.scenes import squared_snr
 from lsst.meas.vaedeblend.training.weights import load_weights
 
 EDGES = 10.0, 18.0, 30.0, 60.0, 120.0, 300.0, np.inf

@@ -11,10 +11,10 @@ from lsst.meas.vaedeblend.deblender import DeblendConfig, deblend
 from lsst.meas.vaedeblend.evaluation import paper
 from lsst.meas.vaedeblend.evaluation.metrics import match, shear_bias
 from lsst.meas.vaedeblend.evaluation.paper_sample import SampleMaker
-from lsst.meas.vaedeblend.evaluation.patch import simulate_patch
 from lsst.meas.vaedeblend.network import load_network, shipped_networks
 from lsst.meas.vaedeblend.scene import Parent
-from lsst.meas.vaedeblend.training.config import TrainingConfig, load_config
+from lsst.meas.vaedeblend.simulation.config import TrainingConfig, load_config
+from lsst.meas.vaedeblend.simulation.patch import simulate_patch
 
 DIRECTORY = Path(lsst.meas.vaedeblend.artefacts.__file__).parent
 SURVEYS = {"lsst_ugrizy": ("LSST", "ugrizy", 0.2), "hsc_grizy": ("HSC", "grizy", 0.168)}

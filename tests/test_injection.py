@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lsst.meas.vaedeblend.evaluation.hsc import BANDS, HscBlend
 from lsst.meas.vaedeblend.evaluation.injection import _place, evaluate_injection
-from lsst.meas.vaedeblend.evaluation.patch import simulate_patch
+from lsst.meas.vaedeblend.simulation.patch import simulate_patch
 
 
 @pytest.fixture(scope="module")

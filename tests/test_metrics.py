@@ -12,17 +12,16 @@ from lsst.meas.vaedeblend.evaluation.metrics import (
     blendedness_closest,
     blendedness_total,
     bootstrap,
-    ksb_shape,
     magnitude,
     match,
-    nmad,
     poisson_variance,
     reduced_chi2,
     run_seconds,
     shear_bias,
     sigma_percentiles,
-    stamp_snr,
 )
+from lsst.meas.vaedeblend.ground.statistics import nmad, stamp_snr
+from lsst.meas.vaedeblend.simulation.ksb import ksb_shape
 
 
 def test_nmad_is_the_sigma_of_a_gaussian_and_ignores_outliers():

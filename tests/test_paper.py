@@ -15,8 +15,8 @@ from lsst.meas.vaedeblend.cli import main
 from lsst.meas.vaedeblend.evaluation import paper
 from lsst.meas.vaedeblend.evaluation.paper_sample import SampleMaker
 from lsst.meas.vaedeblend.network import Network, NetworkError, NetworkMetadata, embed_metadata
-from lsst.meas.vaedeblend.training.config import load_config
-from lsst.meas.vaedeblend.training.simulate import draw_sources, survey_of
+from lsst.meas.vaedeblend.simulation.banks import draw_sources, survey_of
+from lsst.meas.vaedeblend.simulation.config import load_config
 from synthetic import _Graph
 
 CONFIGS = Path(__file__).parents[1] / "config" / "training"

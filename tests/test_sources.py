@@ -14,7 +14,7 @@ from lsst.meas.vaedeblend.deblender import DeblendConfig, deblend
 from lsst.meas.vaedeblend.ground.cutouts import add_cutouts, cut_out
 from lsst.meas.vaedeblend.ground.psf import gaussian_psf, kolmogorov_psf
 from lsst.meas.vaedeblend.network import Network
-from lsst.meas.vaedeblend.redistribute import redistribute
+from lsst.meas.vaedeblend.redistribution import redistribute
 from lsst.meas.vaedeblend.rendering import Renderer, render, unit_shapes
 from lsst.meas.vaedeblend.scene import PsfGrid
 from lsst.meas.vaedeblend.sources import SourceModels

@@ -6,9 +6,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from lsst.meas.vaedeblend.training.config import NetworkConfig  # noqa: E402
+from lsst.meas.vaedeblend.simulation.config import NetworkConfig  # noqa: E402
+from lsst.meas.vaedeblend.simulation.galaxies import MODEL_SIGMA  # noqa: E402
 from lsst.meas.vaedeblend.training.derivatives import DecoderJacobian  # noqa: E402
-from lsst.meas.vaedeblend.training.galaxies import MODEL_SIGMA  # noqa: E402
 from lsst.meas.vaedeblend.training.networks import Decoder, Encoder  # noqa: E402
 
 

@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from lsst.meas.vaedeblend.cli import main
 from lsst.meas.vaedeblend.network import Network, NetworkError
+from lsst.meas.vaedeblend.simulation.banks import make_banks
+from lsst.meas.vaedeblend.simulation.config import TrainingConfig, load_config
 from lsst.meas.vaedeblend.training import losses
-from lsst.meas.vaedeblend.training.config import TrainingConfig, load_config
 from lsst.meas.vaedeblend.training.export import export_network
 from lsst.meas.vaedeblend.training.fit import fit_step
-from lsst.meas.vaedeblend.training.simulate import make_banks
 from lsst.meas.vaedeblend.training.weights import load_weights
 
 REPOSITORY = Path(__file__).parents[1]

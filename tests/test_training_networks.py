@@ -6,8 +6,8 @@ import galsim
 import numpy as np
 import pytest
 import torch
-from lsst.meas.vaedeblend.training.config import NetworkConfig
-from lsst.meas.vaedeblend.training.galaxies import MODEL_SIGMA
+from lsst.meas.vaedeblend.simulation.config import NetworkConfig
+from lsst.meas.vaedeblend.simulation.galaxies import MODEL_SIGMA
 from lsst.meas.vaedeblend.training.losses import flux_loss, kl_divergence, shape_chi2
 from lsst.meas.vaedeblend.training.networks import Deblender, Decoder, Encoder
 

@@ -13,11 +13,12 @@ import pytest
 import scipy.stats
 import torch
 from lsst.meas.vaedeblend.network import Network, NetworkError
-from lsst.meas.vaedeblend.training import blends as bl
-from lsst.meas.vaedeblend.training import population as pop
-from lsst.meas.vaedeblend.training.config import TrainingConfig, load_config
+from lsst.meas.vaedeblend.simulation import blends as bl
+from lsst.meas.vaedeblend.simulation import population as pop
+from lsst.meas.vaedeblend.simulation.banks import draw_sources, make_banks, sample_banks, survey_of
+from lsst.meas.vaedeblend.simulation.config import BETA, TrainingConfig, load_config
+from lsst.meas.vaedeblend.simulation.galaxies import component_profile, galaxy_profile
 from lsst.meas.vaedeblend.training.convolutional import (
-    BETA,
     ConvolutionalDecoder,
     ConvolutionalEncoder,
     _PReLU,
@@ -26,9 +27,7 @@ from lsst.meas.vaedeblend.training.convolutional import (
 )
 from lsst.meas.vaedeblend.training.export import export_network
 from lsst.meas.vaedeblend.training.fit import VaeModule, _response, fit_step
-from lsst.meas.vaedeblend.training.galaxies import component_profile, galaxy_profile
 from lsst.meas.vaedeblend.training.losses import bernoulli_loss, logarithmic
-from lsst.meas.vaedeblend.training.simulate import draw_sources, make_banks, sample_banks, survey_of
 from lsst.meas.vaedeblend.training.weights import load_weights
 
 CONFIGS = Path(__file__).parents[1] / "config" / "training"

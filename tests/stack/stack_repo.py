@@ -30,7 +30,7 @@ from lsst.daf.butler import Butler, DatasetType
 from lsst.geom import Box2D, Box2I, Extent2I, Point2I
 from lsst.meas.algorithms import KernelPsf
 from lsst.meas.vaedeblend.adapters.butler_repo import run_pipetask
-from lsst.meas.vaedeblend.evaluation.patch import SimulatedPatch
+from lsst.meas.vaedeblend.simulation.patch import SimulatedPatch
 from lsst.skymap import DiscreteSkyMap, Index2D
 
 BANDS = ("u", "g", "r", "i", "z", "y")

@@ -17,7 +17,7 @@ from lsst.meas.extensions.scarlet.io import updateCatalogFootprints
 from lsst.meas.vaedeblend.adapters import scarlet_file
 from lsst.meas.vaedeblend.adapters.afw_catalog import copy_mapper, posterior_column
 from lsst.meas.vaedeblend.adapters.butler_repo import CoaddRepository, PatchLayout
-from lsst.meas.vaedeblend.evaluation.patch import simulate_patch
+from lsst.meas.vaedeblend.simulation.patch import simulate_patch
 from lsst.meas.vaedeblend.tasks.footprints import VaeDeblendFootprintsTask
 from stack_repo import (
     BANDS,

@@ -99,8 +99,8 @@ _CONFIG = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--processes", default=1, show_default=True, help="Processes that render single blends.")
 def simulate(config: Path, data: Path, processes: int) -> None:
     """Render the galaxies of the training configuration CONFIG into DATA."""
-    from .training.config import load_config
-    from .training.simulate import make_banks
+    from .simulation.banks import make_banks
+    from .simulation.config import load_config
 
     with _failures():
         make_banks(load_config(config), data, processes)
@@ -138,7 +138,7 @@ def train(
     A deblender that is trained alone from other weights (transfer learning) needs no prior: it keeps the
     decoder found there.
     """
-    from .training.config import load_config
+    from .simulation.config import load_config
     from .training.fit import fit_step
 
     options = dict(
@@ -170,7 +170,7 @@ def train(
 )
 def export(config: Path, data: Path, run: Path, out: Path, step: str) -> None:
     """Write the network trained in RUN to OUT as ONNX, with its card, after measuring it."""
-    from .training.config import load_config
+    from .simulation.config import load_config
     from .training.export import export_network
 
     # The card names the commands with their files' names, not with where they happened to lie.

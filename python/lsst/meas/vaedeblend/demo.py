@@ -23,13 +23,14 @@ from .adapters.butler_repo import CoaddRepository, PatchLayout, run_pipetask
 from .adapters.cell_coadd import scene_from_cell_coadds
 from .evaluation.detection import detection_mask, psf_sigma
 from .evaluation.figures import colour, new_figure, residual_map, show_colour, show_sigma
-from .evaluation.metrics import MATCH_RADIUS, SNR_LIMIT, match, nmad, run_seconds
-from .evaluation.patch import SimulatedPatch, simulate_patch
+from .evaluation.metrics import MATCH_RADIUS, SNR_LIMIT, match, run_seconds
 from .ground.bands import reference_band
 from .ground.cutouts import cut_out
+from .ground.statistics import nmad
 from .network import load_network
 from .rendering import render
 from .scene import Scene
+from .simulation.patch import SimulatedPatch, simulate_patch
 from .sources import SourceModels
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.demo")

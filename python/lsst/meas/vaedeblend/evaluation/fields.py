@@ -22,12 +22,13 @@ from ..adapters.footprints import parents_from_peaks
 from ..deblender import DeblendConfig, deblend
 from ..ground.bands import reference_band
 from ..ground.psf import FWHM_PER_SIGMA
+from ..ground.statistics import stamp_snr
 from ..network import Network, load_network
 from ..scene import PsfGrid, Scene, find_parents
 from ..sources import SourceModels
 from .coverage import flux_inside, shape_inside
 from .detection import detection_mask, psf_sigma
-from .metrics import MATCH_RADIUS, SNR_LIMIT, match, stamp_snr
+from .metrics import MATCH_RADIUS, SNR_LIMIT, match
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.evaluation.fields")
 

@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 
 from ..adapters.footprints import parents_from_peaks
 from ..deblender import deblend
+from ..ground.statistics import nmad, stamp_snr
 from ..network import Network, load_network
 from ..scene import PsfGrid, Scene
-from ..training.galaxies import galaxy_profile
-from ..training.population import Population, draw_population
-from ..training.surveys import get_survey_info
+from ..simulation.galaxies import galaxy_profile
+from ..simulation.patch import simulate_patch
+from ..simulation.population import Population, draw_population
+from ..simulation.surveys import get_survey_info
 from .hsc import BANDS, PIXEL_SCALE, HscBlend, calibration_factor
-from .metrics import SNR_LIMIT, nmad, stamp_snr
-from .patch import simulate_patch
+from .metrics import SNR_LIMIT
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.evaluation.injection")
 

@@ -10,23 +10,19 @@ __all__ = [
     "blendedness_closest",
     "blendedness_total",
     "bootstrap",
-    "ksb_shape",
     "magnitude",
     "match",
-    "nmad",
     "poisson_variance",
     "reduced_chi2",
     "run_seconds",
     "shear_bias",
     "sigma_percentiles",
-    "stamp_snr",
 ]
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-import galsim
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
@@ -37,17 +33,6 @@ MATCH_RADIUS = 3.0
 
 SNR_LIMIT = 10.0
 """Objects with a true signal-to-noise ratio above this in the reference band should be found."""
-
-
-def nmad(values: ArrayLike) -> float:
-    """Return 1.4826 times the median absolute deviation from the median, which for a Gaussian is its sigma.
-
-    NaN without any value.
-    """
-    values = np.asarray(values, float)
-    if not values.size:
-        return np.nan
-    return float(1.4826 * np.median(np.abs(values - np.median(values))))
 
 
 def match(xy: ArrayLike, truth_xy: ArrayLike, radius: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -81,21 +66,6 @@ def match(xy: ArrayLike, truth_xy: ArrayLike, radius: float) -> tuple[NDArray[np
     rows, columns = rows[good], columns[good]
     order = np.argsort(columns)
     return rows[order], columns[order]
-
-
-def stamp_snr(stamps: ArrayLike, variance: ArrayLike) -> NDArray[np.float64]:
-    """Return the signal-to-noise ratio of stamps for an optimal filter, sqrt(sum(stamp^2 / variance)).
-
-    Parameters
-    ----------
-    stamps, variance : array_like, (..., h, w)
-        Noiseless images, nJy, and variances, nJy^2.
-
-    Returns
-    -------
-    snr : `numpy.ndarray`, (...)
-    """
-    return np.sqrt((np.asarray(stamps, float) ** 2 / variance).sum(axis=(-2, -1)))
 
 
 def poisson_variance(signal: ArrayLike, counts_per_njy: float, sky_counts: float) -> NDArray[np.float64]:
@@ -238,31 +208,6 @@ def sigma_percentiles(
     for k in np.flatnonzero(count >= max(1, min_count)):
         out[k] = np.percentile(y[bin_of == k], 100 * norm.cdf([-2, -1, 0, 1, 2]))
     return count, out
-
-
-def ksb_shape(image: ArrayLike, psf: ArrayLike) -> tuple[float, float]:
-    """Measure a source's shape with the KSB method of `galsim.hsm` (Kaiser, Squires & Broadhurst 1995).
-
-    Parameters
-    ----------
-    image, psf : array_like, (h, w)
-        Noiseless image of the source, any unit, and the PSF it was seen through.
-
-    Returns
-    -------
-    g1, g2 : `float`
-        Reduced-shear ellipticity, corrected for the PSF; NaN where the measurement fails.
-    """
-    result = galsim.hsm.EstimateShear(
-        galsim.Image(np.ascontiguousarray(image, np.float32)),
-        galsim.Image(np.ascontiguousarray(psf, np.float32)),
-        shear_est="KSB",
-        strict=False,
-    )
-    # hsm marks a failed correction with -10.
-    if result.error_message or result.corrected_g1 < -5:
-        return np.nan, np.nan
-    return result.corrected_g1, result.corrected_g2
 
 
 def reduced_chi2(image: ArrayLike, weight: ArrayLike) -> float:

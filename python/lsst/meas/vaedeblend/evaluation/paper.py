@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..network import Network, NetworkError, resolve
-from ..training.config import TrainingConfig, load_config, training_length
+from ..simulation.config import TrainingConfig, load_config, training_length
 from . import paper_figures as draw
 from .metrics import ShearBias, bootstrap, shear_bias, sigma_percentiles
 from .paper_sample import PaperSample, SampleMaker, deblend_images, measure_image

@@ -26,7 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..training.convolutional import BETA
+from ..simulation.config import BETA
 from .figures import new_figure
 from .metrics import ShearBias, sigma_percentiles
 from .paper_sample import PaperSample

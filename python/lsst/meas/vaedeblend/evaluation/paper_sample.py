@@ -13,12 +13,14 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ground.statistics import stamp_snr
 from ..network import Network, NetworkError
-from ..training.blends import Blend, BlendComposer, fit_centring_error, psf_stamp
-from ..training.config import PopulationConfig, TrainingConfig
-from ..training.population import Population
-from ..training.simulate import centring_errors, draw_sources, sample_banks, survey_of
-from .metrics import blendedness_closest, blendedness_total, ksb_shape, magnitude, poisson_variance, stamp_snr
+from ..simulation.banks import centring_errors, draw_sources, sample_banks, survey_of
+from ..simulation.blends import Blend, BlendComposer, fit_centring_error, psf_stamp
+from ..simulation.config import PopulationConfig, TrainingConfig
+from ..simulation.ksb import ksb_shape
+from ..simulation.population import Population
+from .metrics import blendedness_closest, blendedness_total, magnitude, poisson_variance
 
 _CHUNK = 100
 """Blends that are in memory at once."""

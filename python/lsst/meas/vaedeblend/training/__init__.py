@@ -1,9 +1,17 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Training of deblending networks: simulated galaxies, networks, losses, fitting and export.
+"""Training of deblending networks on simulated galaxies.
 
-The data flows one way through the modules: `surveys` (what the telescope
-does), `population` (what galaxies there are), `galaxies` (their images, the
-bank), `scenes` (blends composed from the bank), `networks` and `losses`
-(torch), `fit` (lightning), `export` (ONNX).
+Samples come from `lsst.meas.vaedeblend.simulation`; here are `networks`, `convolutional` and `losses`
+(torch), `fit` (lightning) and `export` (ONNX).
 """
+
+from __future__ import annotations
+
+import sys
+
+from ..simulation import config
+
+# Configurations that were saved when their classes were here, as in the metadata of networks, import these.
+for _name in ("blends", "config", "scenes"):
+    sys.modules[f"{__name__}.{_name}"] = config

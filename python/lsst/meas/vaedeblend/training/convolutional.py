@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-__all__ = ["BETA", "ConvolutionalDecoder", "ConvolutionalEncoder", "denormalise", "normalise"]
+__all__ = ["ConvolutionalDecoder", "ConvolutionalEncoder", "denormalise", "normalise"]
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-BETA = 2.5
-"""Constant of the paper's equation 4."""
+from ..simulation.config import BETA
 
 WIDTHS = (32, 64, 128, 256)
 HIDDEN = 256

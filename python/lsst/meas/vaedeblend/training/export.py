@@ -19,18 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..evaluation.metrics import ksb_shape, nmad
 from ..ground.bands import reference_band
 from ..ground.psf import gaussian_psf
+from ..ground.statistics import nmad
 from ..network import Network, NetworkMetadata, embed_metadata
-from .blends import psf_stamp
-from .config import TrainingConfig, training_length
+from ..simulation.blends import psf_stamp
+from ..simulation.config import TrainingConfig, training_length
+from ..simulation.galaxies import MODEL_SIGMA
+from ..simulation.ksb import ksb_shape
+from ..simulation.scenes import Cutouts, squared_snr
+from ..simulation.surveys import SurveyInfo
 from .derivatives import DecoderJacobian
 from .fit import SceneData, VaeModule
-from .galaxies import MODEL_SIGMA
 from .networks import Deblender
-from .scenes import Cutouts, squared_snr
-from .surveys import SurveyInfo
 from .weights import halve_weights, load_weights, round_weights
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")

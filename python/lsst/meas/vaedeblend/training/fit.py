@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..ground.bands import reference_band
-from .blends import BlendBanks, BlendComposer
-from .config import FitConfig, TrainingConfig
+from ..simulation.banks import bank_paths, survey_of
+from ..simulation.blends import BlendBanks, BlendComposer
+from ..simulation.config import FitConfig, TrainingConfig
+from ..simulation.galaxies import GalaxyBank
+from ..simulation.scenes import PsfBank, SceneComposer
 from .convolutional import normalise
-from .galaxies import GalaxyBank
 from .losses import LossTerms, bernoulli_loss, evidence_loss, logarithmic
 from .networks import build_networks
 from .optimizer import Muon
-from .scenes import PsfBank, SceneComposer
-from .simulate import bank_paths, survey_of
 from .weights import load_weights
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")

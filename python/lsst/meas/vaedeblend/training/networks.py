@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import NetworkConfig
+from ..simulation.config import NetworkConfig
+from ..simulation.galaxies import MODEL_SIGMA
 from .convolutional import ConvolutionalDecoder, ConvolutionalEncoder
-from .galaxies import MODEL_SIGMA
 
 _LOG_FLUX_OFFSET = 5.0
 """Natural log of a typical flux in nJy (26.0 mag): latent zeros decode to about this."""

@@ -8,18 +8,12 @@ import galsim
 import numpy as np
 import pytest
 from lsst.meas.vaedeblend.ground.psf import difference_kernel_ft
-from lsst.meas.vaedeblend.training import population as pop
-from lsst.meas.vaedeblend.training.config import PopulationConfig
-from lsst.meas.vaedeblend.training.galaxies import MODEL_SIGMA, GalaxyBank, galaxy_profile, render_bank
-from lsst.meas.vaedeblend.training.scenes import (
-    PsfBank,
-    SceneComposer,
-    SceneConfig,
-    quarter_turn,
-    turn_offset,
-)
-from lsst.meas.vaedeblend.training.simulate import draw_sources
-from lsst.meas.vaedeblend.training.surveys import get_survey_info
+from lsst.meas.vaedeblend.simulation import population as pop
+from lsst.meas.vaedeblend.simulation.banks import draw_sources
+from lsst.meas.vaedeblend.simulation.config import PopulationConfig, SceneConfig
+from lsst.meas.vaedeblend.simulation.galaxies import MODEL_SIGMA, GalaxyBank, galaxy_profile, render_bank
+from lsst.meas.vaedeblend.simulation.scenes import PsfBank, SceneComposer, quarter_turn, turn_offset
+from lsst.meas.vaedeblend.simulation.surveys import get_survey_info
 
 
 @pytest.fixture(scope="module")

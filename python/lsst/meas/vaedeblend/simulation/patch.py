@@ -14,11 +14,11 @@ import galsim
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ground.statistics import stamp_snr
 from ..scene import Parent, PsfGrid, Scene
-from ..training.galaxies import galaxy_profile
-from ..training.population import draw_population
-from ..training.surveys import get_survey_info
-from .metrics import stamp_snr
+from .galaxies import galaxy_profile
+from .population import draw_population
+from .surveys import get_survey_info
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ class SimulatedPatch:
     flux : `numpy.ndarray`, (N, B)
         True total fluxes, nJy.
     snr : `numpy.ndarray`, (N, B)
-        Signal-to-noise ratio of each galaxy alone, see `lsst.meas.vaedeblend.evaluation.metrics.stamp_snr`.
+        Signal-to-noise ratio of each galaxy alone, see `lsst.meas.vaedeblend.ground.statistics.stamp_snr`.
     """
 
     bands: tuple[str, ...]

@@ -16,7 +16,6 @@ __all__ = [
     "Blend",
     "BlendBanks",
     "BlendComposer",
-    "BlendConfig",
     "brightest_peak",
     "draw_centring_error",
     "fit_centring_error",
@@ -41,11 +40,11 @@ import galsim
 import numpy as np
 import scipy.fft
 import scipy.stats
-from lsst.pex.config import ChoiceField, Config, DictField, Field, ListField
 from photutils.centroids import centroid_quadratic
 from photutils.detection import find_peaks
 
 from ..ground.psf import adaptive_moments
+from .config import BlendConfig
 from .galaxies import GalaxyBank, render_bank
 from .population import Population
 from .scenes import Cutouts, quarter_turn, turn_offset
@@ -59,44 +58,6 @@ REFERENCE_BAND = "r"
 _POISSON_LIMIT = 400.0
 """Expected electrons above which a Gaussian of equal variance stands for the Poisson distribution, whose
 skewness is then below 0.05; exact draws of such numbers would cost more than the network."""
-
-
-class BlendConfig(Config):
-    """What the blends look like, and what the telescopes do to them."""
-
-    max_galaxies = Field[int]("Largest number of galaxies; 1 to this are equally likely.", default=4)
-    annulus = ListField[float](
-        "Distances of the neighbours from the target, arcsec, uniform over the area between.",
-        default=[0.325, 2.0],
-        length=2,
-    )
-    exposure = DictField[str, float](
-        "Exposure time by band, s, where it is not the survey's.",
-        default=dict.fromkeys(("IE", "YE", "JE", "HE"), 4 * 450.0),
-    )
-    psf_fwhm = DictField[str, float](
-        "Full width at half maximum of the PSF by band, arcsec.",
-        default=dict.fromkeys("ugrizy", 0.65) | {"IE": 0.18} | dict.fromkeys(("YE", "JE", "HE"), 0.22),
-    )
-    moffat_beta = DictField[str, float](
-        "Bands whose PSF is a Moffat profile, with its exponent (not in the paper); others are Kolmogorov.",
-        default=dict.fromkeys(("IE", "YE", "JE", "HE"), 2.5),
-    )
-    decentring = ChoiceField[str](
-        "Where the target is.",
-        default="none",
-        allowed={
-            "none": "in the middle of the cutout, the corner of its four central pixels",
-            "uniform": "anywhere in a square about it",
-            "peaks": "near a peak found on a larger image, cropped at the pixel corner nearest to the peak",
-        },
-    )
-    decentring_width = Field[float]("Width of that square, arcsec.", default=0.2)
-    peak_threshold = Field[float]("Threshold of the peaks, standard deviations of the sky.", default=5.0)
-    peak_box = Field[int]("Width of the box in which a peak is the maximum, pixel, odd.", default=5)
-    centring_blends = Field[int](
-        "Blends from which the centring error of isolated galaxies is fitted.", default=2000
-    )
 
 
 def fixed_psf(config: BlendConfig, band: str) -> galsim.GSObject:

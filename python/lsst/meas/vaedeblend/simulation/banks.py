@@ -38,7 +38,7 @@ from .surveys import SurveyInfo, get_survey_info
 
 SAMPLES = ("train", "validation", "test")
 
-_LOG = logging.getLogger("lsst.meas.vaedeblend.training")
+_LOG = logging.getLogger("lsst.meas.vaedeblend.simulation")
 
 
 def draw_sources(config: PopulationConfig, survey: SurveyInfo) -> dict[str, Population]:

@@ -1,13 +1,20 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Configuration of a training, from the galaxies to the optimiser."""
+"""Configuration of a training, from the galaxies to the optimiser.
+
+One file says what is simulated and what is made of it. It is read here, below training, so that the same
+samples can be simulated, and networks measured on them, without torch.
+"""
 
 from __future__ import annotations
 
 __all__ = [
+    "BETA",
+    "BlendConfig",
     "FitConfig",
     "NetworkConfig",
     "PopulationConfig",
+    "SceneConfig",
     "TrainingConfig",
     "load_config",
     "training_length",
@@ -17,8 +24,8 @@ import os
 
 from lsst.pex.config import ChoiceField, Config, ConfigField, DictField, Field, ListField
 
-from .blends import BlendConfig
-from .scenes import SceneConfig
+BETA = 2.5
+"""Constant of the normalisation of pixels in Arcelin et al. (2020), equation 4."""
 
 
 class PopulationConfig(Config):
@@ -64,6 +71,89 @@ class PopulationConfig(Config):
         "Width of the bank's stamps, pixel; odd for fields, even for single blends.", default=97
     )
     seed = Field[int]("Seed of the random numbers.", default=20200101)
+
+
+class SceneConfig(Config):
+    """What training scenes look like."""
+
+    cutout_size = Field[int]("Width of the network's cutouts, pixel.", default=64)
+    field_size = Field[int]("Width of the composed fields, pixel.", default=192)
+    density_range = ListField[float](
+        "Sources per square arcmin, log-uniform between these.", default=[40.0, 250.0], length=2
+    )
+    clustered_fraction = Field[float]("Fraction of the sources placed next to another source.", default=0.4)
+    cluster_scale = Field[float](
+        "Scale of the exponential distance of clustered sources, arcsec.", default=1.0
+    )
+    host_flux_power = Field[float](
+        "Hosts of clustered sources are drawn with probabilities proportional to this power of their flux: 0 "
+        "prefers none, larger numbers put more faint sources into the light of bright ones.",
+        default=0.3,
+    )
+    psf_fwhm_range = ListField[float](
+        "Full width at half maximum of the PSF, arcsec, uniform between these.", default=[0.5, 1.2], length=2
+    )
+    psf_max_ellipticity = Field[float]("Largest reduced shear of a PSF.", default=0.1)
+    psf_bank_size = Field[int]("Number of PSFs that are drawn once and reused.", default=1000)
+    noise_range = ListField[float](
+        "Noise relative to the survey's full depth, log-uniform, common to all bands.",
+        default=[0.7, 3.0],
+        length=2,
+    )
+    noise_band_scatter = Field[float](
+        "Scatter of the noise of single bands about that, natural log.", default=0.25
+    )
+    subtracted_fraction = Field[float](
+        "Fraction of the fields in which sources other than the targets are subtracted with errors, "
+        "as in the later iterations of the procedure.",
+        default=0.6,
+    )
+    subtraction_error = Field[float]("Relative error of the subtracted components.", default=0.1)
+    centring_error = Field[float](
+        "Gaussian error of the peak about the true position, pixel, before rounding to a pixel.", default=0.0
+    )
+    min_snr = Field[float]("Smallest signal-to-noise ratio, all bands, of a target.", default=5.0)
+    targets_per_field = Field[int]("Largest number of cutouts taken from one field.", default=24)
+    mask_fraction = Field[float]("Fraction of the cutouts with masked pixels.", default=0.15)
+    band_dropout = Field[float]("Fraction of the cutouts that lack one or more bands.", default=0.05)
+
+
+class BlendConfig(Config):
+    """What the blends look like, and what the telescopes do to them."""
+
+    max_galaxies = Field[int]("Largest number of galaxies; 1 to this are equally likely.", default=4)
+    annulus = ListField[float](
+        "Distances of the neighbours from the target, arcsec, uniform over the area between.",
+        default=[0.325, 2.0],
+        length=2,
+    )
+    exposure = DictField[str, float](
+        "Exposure time by band, s, where it is not the survey's.",
+        default=dict.fromkeys(("IE", "YE", "JE", "HE"), 4 * 450.0),
+    )
+    psf_fwhm = DictField[str, float](
+        "Full width at half maximum of the PSF by band, arcsec.",
+        default=dict.fromkeys("ugrizy", 0.65) | {"IE": 0.18} | dict.fromkeys(("YE", "JE", "HE"), 0.22),
+    )
+    moffat_beta = DictField[str, float](
+        "Bands whose PSF is a Moffat profile, with its exponent (not in the paper); others are Kolmogorov.",
+        default=dict.fromkeys(("IE", "YE", "JE", "HE"), 2.5),
+    )
+    decentring = ChoiceField[str](
+        "Where the target is.",
+        default="none",
+        allowed={
+            "none": "in the middle of the cutout, the corner of its four central pixels",
+            "uniform": "anywhere in a square about it",
+            "peaks": "near a peak found on a larger image, cropped at the pixel corner nearest to the peak",
+        },
+    )
+    decentring_width = Field[float]("Width of that square, arcsec.", default=0.2)
+    peak_threshold = Field[float]("Threshold of the peaks, standard deviations of the sky.", default=5.0)
+    peak_box = Field[int]("Width of the box in which a peak is the maximum, pixel, odd.", default=5)
+    centring_blends = Field[int](
+        "Blends from which the centring error of isolated galaxies is fitted.", default=2000
+    )
 
 
 class NetworkConfig(Config):

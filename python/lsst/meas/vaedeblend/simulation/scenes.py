@@ -15,7 +15,6 @@ __all__ = [
     "Cutouts",
     "PsfBank",
     "SceneComposer",
-    "SceneConfig",
     "quarter_turn",
     "squared_snr",
     "turn_offset",
@@ -27,10 +26,10 @@ from collections.abc import Iterator
 import galsim
 import numpy as np
 import scipy.fft
-from lsst.pex.config import Config, Field, ListField
 from numpy.typing import NDArray
 
 from ..ground.psf import adaptive_moments, difference_kernel_ft, moments_sigma
+from .config import SceneConfig
 from .galaxies import MODEL_SIGMA, GalaxyBank
 from .surveys import SurveyInfo
 
@@ -56,51 +55,6 @@ def squared_snr(flux: NDArray, noise: NDArray, area: NDArray, psf_moments: NDArr
     """
     psf_area = 4 * np.pi * moments_sigma(psf_moments.astype(float)) ** 2
     return (flux / noise) ** 2 / (area + psf_area)
-
-
-class SceneConfig(Config):
-    """What training scenes look like."""
-
-    cutout_size = Field[int]("Width of the network's cutouts, pixel.", default=64)
-    field_size = Field[int]("Width of the composed fields, pixel.", default=192)
-    density_range = ListField[float](
-        "Sources per square arcmin, log-uniform between these.", default=[40.0, 250.0], length=2
-    )
-    clustered_fraction = Field[float]("Fraction of the sources placed next to another source.", default=0.4)
-    cluster_scale = Field[float](
-        "Scale of the exponential distance of clustered sources, arcsec.", default=1.0
-    )
-    host_flux_power = Field[float](
-        "Hosts of clustered sources are drawn with probabilities proportional to this power of their flux: 0 "
-        "prefers none, larger numbers put more faint sources into the light of bright ones.",
-        default=0.3,
-    )
-    psf_fwhm_range = ListField[float](
-        "Full width at half maximum of the PSF, arcsec, uniform between these.", default=[0.5, 1.2], length=2
-    )
-    psf_max_ellipticity = Field[float]("Largest reduced shear of a PSF.", default=0.1)
-    psf_bank_size = Field[int]("Number of PSFs that are drawn once and reused.", default=1000)
-    noise_range = ListField[float](
-        "Noise relative to the survey's full depth, log-uniform, common to all bands.",
-        default=[0.7, 3.0],
-        length=2,
-    )
-    noise_band_scatter = Field[float](
-        "Scatter of the noise of single bands about that, natural log.", default=0.25
-    )
-    subtracted_fraction = Field[float](
-        "Fraction of the fields in which sources other than the targets are subtracted with errors, "
-        "as in the later iterations of the procedure.",
-        default=0.6,
-    )
-    subtraction_error = Field[float]("Relative error of the subtracted components.", default=0.1)
-    centring_error = Field[float](
-        "Gaussian error of the peak about the true position, pixel, before rounding to a pixel.", default=0.0
-    )
-    min_snr = Field[float]("Smallest signal-to-noise ratio, all bands, of a target.", default=5.0)
-    targets_per_field = Field[int]("Largest number of cutouts taken from one field.", default=24)
-    mask_fraction = Field[float]("Fraction of the cutouts with masked pixels.", default=0.15)
-    band_dropout = Field[float]("Fraction of the cutouts that lack one or more bands.", default=0.05)
 
 
 class PsfBank:
