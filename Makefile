@@ -3,7 +3,7 @@
 
 # The first two commands set up what they need on a fresh machine, in a virtual environment of their own:
 #   make demo    simulate a patch, deblend it under pipetask, draw it
-#   make test    lint and run every test that needs no LSST stack
+#   make test    check style and types, and run every test that needs no LSST stack
 # The third runs in an LSST stack that has been set up, or that sourcing STACK_ENV sets up:
 #   make stack-test    run the tests that need it
 
@@ -21,6 +21,7 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.test
 	$(VENV)/bin/ruff check python tests config benchmarks
+	$(VENV)/bin/mypy --python-executable $(VENV)/bin/python
 	$(VENV)/bin/python -m pytest -n 2 -m "not stack"
 
 STACK_ENV ?= /dev/null

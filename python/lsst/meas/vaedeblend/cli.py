@@ -10,6 +10,7 @@ __all__ = ["main"]
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -141,7 +142,7 @@ def train(
     from .simulation.config import load_config
     from .training.fit import fit_step
 
-    options = dict(
+    options: dict[str, Any] = dict(
         accelerator=accelerator,
         devices=int(devices) if devices.isdigit() else devices,
         strategy=strategy,

@@ -213,7 +213,8 @@ def _draw(
 ) -> None:
     """Draw the patch as a whole, and some of its blends taken apart."""
     figure = new_figure(22.0, 6.0 + 3.0 * n_blends)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(6.0, 3.0 * n_blends))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(6.0, 3.0 * n_blends))
+    top, bottom = parts
     noise, origin = scene.noise, scene.origin
     sigma = residual_map(residual, scene.variance, scene.valid)
     total = render(models, scene.shape)

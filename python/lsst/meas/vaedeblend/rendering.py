@@ -48,10 +48,11 @@ def unit_shapes(models: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.floa
     sound : `numpy.ndarray`, (N,)
         Whether any band has a shape; ``shapes`` are 0 where none has.
     """
-    models = np.asarray(models, dtype=np.float32)
-    flux = models.sum(axis=(2, 3), dtype=np.float64)
-    good = flux > 0.1 * np.abs(models).sum(axis=(2, 3), dtype=np.float64)
-    shapes = models / np.where(good, flux, 1.0)[:, :, None, None].astype(np.float32)
+    pixels: NDArray[np.float32] = np.asarray(models, dtype=np.float32)
+    flux = pixels.sum(axis=(2, 3), dtype=np.float64)
+    good = flux > 0.1 * np.abs(pixels).sum(axis=(2, 3), dtype=np.float64)
+    divisor: NDArray[np.float32] = np.where(good, flux, 1.0)[:, :, None, None].astype(np.float32)
+    shapes = pixels / divisor
     for i in np.flatnonzero(~good.all(axis=1)):
         shapes[i, ~good[i]] = shapes[i, good[i]].mean(axis=0) if good[i].any() else 0.0
     return shapes, flux, good.any(axis=1)

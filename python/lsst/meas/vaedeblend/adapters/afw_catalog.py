@@ -375,6 +375,7 @@ def write_parents(
             record[f"deblend_skipped_{family.skipped}"] = True
         if family.row is None:
             continue
+        assert result is not None
         parents, row, sources = result.parents, family.row, result.sources
         record["deblend_iterations"] = int(parents.iterations[row])
         if parents.n_pixels[row]:
@@ -438,6 +439,7 @@ def write_objects(
         if len(family.sources):
             source_of[row] = family.sources[0]
     for family in blends:
+        assert result is not None
         sources = result.sources
         y0, x0 = sources.origin
         for i in family.sources.tolist():

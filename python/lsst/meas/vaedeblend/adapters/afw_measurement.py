@@ -114,15 +114,16 @@ class _Posterior:
         no_model = bool(source[posterior_column("flag", "fallback")]) or not any(
             math.isfinite(source[self.prefix + b]) for b in self.bands
         )
-        flux = source[self.prefix + band] if band in self.bands else math.nan
+        known = band if band in self.bands else None
+        flux = math.nan if known is None else source[self.prefix + known]
         target.set(self.no_model, no_model)
         target.set(self.no_band, not no_model and not math.isfinite(flux))
         target.set(self.no_calib, calib is None)
         target.set(self.flag, no_model or calib is None or not math.isfinite(flux))
-        if calib is not None and math.isfinite(flux):
+        if calib is not None and known is not None and math.isfinite(flux):
             unit = calib.nanojanskyToInstFlux(1.0, target.getCentroid())
             target.set(self.flux, flux * unit)
-            target.set(self.flux_err, source[posterior_column("fluxErr", band)] * unit)
+            target.set(self.flux_err, source[posterior_column("fluxErr", known)] * unit)
 
     def fail(self, target: SourceRecord) -> None:
         """Note that something unforeseen went wrong."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import astropy.units as u
 import numpy as np
-from astropy.table import Table
+from astropy.table import Column, Table
 from lsst.images import Box, Image, Interval, MaskedImage
 from lsst.images.cells import CellCoadd
 
@@ -163,7 +163,7 @@ def masked_image(
     )
 
 
-def _pixels(column: np.ndarray) -> np.ndarray:
+def _pixels(column: Column) -> np.ndarray:
     """Return a position column as plain float64, whether it carries a unit or not."""
     return np.asarray(u.Quantity(column, u.pix).value if column.unit is not None else column, float)
 

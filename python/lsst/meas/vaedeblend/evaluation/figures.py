@@ -69,10 +69,10 @@ def colour(
     -------
     rgb : `numpy.ndarray`, (H, W, 3)
     """
-    images, noise = np.nan_to_num(np.asarray(images, float)), np.asarray(noise, float)
+    pixels, sigma = np.nan_to_num(np.asarray(images, float)), np.asarray(noise, float)
     channels = _rgb_bands(bands)
-    scale = float(np.mean([noise[i] * weight for i, weight in channels]))
-    rgb = (images[i] * weight for i, weight in channels)
+    scale = float(np.mean([sigma[i] * weight for i, weight in channels]))
+    rgb = (pixels[i] * weight for i, weight in channels)
     return make_lupton_rgb(*rgb, minimum=-0.5 * scale, stretch=stretch * scale, Q=q)
 
 

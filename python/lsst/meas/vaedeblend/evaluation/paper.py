@@ -104,7 +104,7 @@ class _Report:
     ) -> None:
         """Enter a number; what is wanted of it is an absolute value at most or a value at least so large."""
         wanted, missed = None, 0.0
-        value = np.nan if _number(ours) is None else ours
+        value = np.nan if ours is None or not np.isfinite(ours) else ours
         if within is not None:
             wanted, missed = f"within {within:g}", abs(value) - within
         elif at_least is not None:
@@ -342,8 +342,8 @@ class _Evaluation:
             panels = draw.error_panels(curves, {"shape": quantities, "mag": quantities})
             self.add("Figure 7", "Errors with targets off the centre.", panels)
         if self.bias:
-            curves = {CASES[k].label: b for k, b in self.bias.items()}
-            figure = draw.shear_bias_curves(curves, draw.AXES["snr"])
+            biases = {CASES[k].label: b for k, b in self.bias.items()}
+            figure = draw.shear_bias_curves(biases, draw.AXES["snr"])
             self.add("Figure 8", "Multiplicative shear bias in bins of S/N.", figure)
 
     def transfer(self) -> None:

@@ -200,7 +200,9 @@ class SampleMaker:
             blends = [composer.blend() for _ in range(min(_CHUNK, n - len(truth)))]
             truth += [self._truth(b) for b in blends]
             image = np.stack([b.image for b in blends])
-            new = [(b, {}) for b in blends[: max(0, examples - len(kept))]]
+            new: list[tuple[Blend, dict[str, NDArray]]] = [
+                (b, {}) for b in blends[: max(0, examples - len(kept))]
+            ]
             for name, network in networks.items():
                 output = deblend_images(network, image[:, : len(network.metadata.bands)])
                 found[name] += [measure_image(m, self.psf) for m in output.model[:, self.reference]]

@@ -146,8 +146,9 @@ def find_peaks(
     y, x = y[order], x[order]
     peaks = np.stack([x + _parabola(significance, y, x, 1), y + _parabola(significance, y, x, 0)], axis=1)
     keep = np.ones(len(peaks), dtype=bool)
-    if existing is not None and len(existing):
-        distance, _ = cKDTree(np.asarray(existing, dtype=float)).query(peaks)
+    taken = np.zeros((0, 2)) if existing is None else np.asarray(existing, dtype=float)
+    if len(taken):
+        distance, _ = cKDTree(taken).query(peaks)
         keep &= distance >= min_separation
     # The closed side of this condition also drops all but one pixel of a plateau.
     for i, near in enumerate(cKDTree(peaks).query_ball_point(peaks, max(min_separation, 1.5))):

@@ -110,12 +110,13 @@ def _draw_galaxies(
 ) -> Population:
     """Draw ``n`` galaxies of the embedded model that are bright enough in all bands with a limit."""
     drawn: list[Population] = []
+    low, high = config.mag_range
     while (have := sum(map(len, drawn))) < n:
         population = draw_population(
             n - have,
             survey,
             rng,
-            mag_range=tuple(config.mag_range),
+            mag_range=(low, high),
             count_slope=config.count_slope,
             knot_fraction=config.knot_fraction,
         )

@@ -415,6 +415,7 @@ class BlendComposer:
         if c.decentring != "none":
             shift = c.decentring_width * (rng.random(2) - 0.5)
             if c.decentring == "peaks" and self.isolated:
+                assert self.banks.centring is not None
                 shift = shift + draw_centring_error(self.banks.centring, rng)
         drawn = [self._draw(row, ROLES[i > 0], shift) for i, row in enumerate(rows)]
         images, position = (np.stack(a) for a in zip(*drawn, strict=True))

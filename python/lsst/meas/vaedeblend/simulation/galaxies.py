@@ -8,6 +8,7 @@ __all__ = ["GalaxyBank", "MODEL_SIGMA", "component_profile", "galaxy_profile", "
 
 import dataclasses
 import os
+from typing import Any
 
 import galsim
 import numpy as np
@@ -57,7 +58,7 @@ def galaxy_profile(population: Population, row: int, band: str) -> galsim.GSObje
     b = population.bands.index(band)
     parts = [
         component_profile(population, row, c) * float(population.flux[row, c, b])
-        for c in np.flatnonzero(population.kind[row] != NONE)
+        for c in np.flatnonzero(population.kind[row] != NONE).tolist()
     ]
     return galsim.Add(parts)
 
@@ -102,7 +103,8 @@ class GalaxyBank:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the bank as an npz file."""
-        np.savez(path, **{f.name: np.asarray(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        arrays: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        np.savez(path, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> GalaxyBank:
@@ -184,7 +186,7 @@ def render_bank(
     for row in range(n):
         total = np.zeros(stamp_size * stamp_size)
         weights = population.flux[row].sum(axis=-1)
-        components = np.flatnonzero(present[row])
+        components = np.flatnonzero(present[row]).tolist()
         parts = [component_profile(population, row, c) for c in components]
         if merge:
             parts = [galsim.Add([p * w for p, w in zip(parts, weights[components], strict=True)])]

@@ -82,7 +82,7 @@ class Population:
     redshift: np.ndarray
     source_id: np.ndarray
     catalogue: str = ""
-    shear: np.ndarray | None = None
+    shear: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.shear is None:

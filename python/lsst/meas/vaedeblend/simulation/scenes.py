@@ -78,10 +78,10 @@ class PsfBank:
     """
 
     def __init__(self, config: SceneConfig, pixel_scale: float, rng: np.random.Generator, size: int = 41):
-        n = config.psf_bank_size
+        n, (low, high) = config.psf_bank_size, config.psf_fwhm_range
         stamps = np.empty((n, size, size))
         for i in range(n):
-            fwhm = rng.uniform(*config.psf_fwhm_range)
+            fwhm = rng.uniform(low, high)
             if rng.random() < 0.5:
                 profile = galsim.Kolmogorov(fwhm=fwhm)
             else:

@@ -91,12 +91,13 @@ def _initialise(network: nn.Module) -> None:
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            inputs = layer.weight[0].numel()
+            inputs: float = layer.weight[0].numel()
             if isinstance(layer, nn.ConvTranspose2d):
                 # Weights are (in, out, ...), and a stride spreads the kernel over several pixels.
                 inputs = layer.weight[:, 0].numel() / layer.stride[0] ** 2
             nn.init.normal_(layer.weight, std=(2.0 / (1.0 + _SLOPE**2) / inputs) ** 0.5)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class ConvolutionalEncoder(nn.Module):
@@ -113,6 +114,7 @@ class ConvolutionalEncoder(nn.Module):
     """
 
     inputs = ("image",)
+    scale: Tensor
 
     def __init__(self, bands: int, size: int, latent_size: int):
         super().__init__()
@@ -169,6 +171,8 @@ class ConvolutionalDecoder(nn.Module):
         As for `ConvolutionalEncoder`.
     """
 
+    scale: Tensor
+
     def __init__(self, bands: int, size: int, latent_size: int):
         super().__init__()
         self.register_buffer("scale", torch.ones(bands))
@@ -196,6 +200,7 @@ class ConvolutionalDecoder(nn.Module):
         _initialise(self)
         # Most of an image is sky: start there rather than half-way to saturation.
         nn.init.normal_(self.last.weight, std=0.01)
+        assert self.last.bias is not None
         nn.init.constant_(self.last.bias, -5.0)
 
     def logits(self, latent: Tensor, autocast: torch.dtype | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -81,7 +82,7 @@ class SceneData(lightning.LightningDataModule):
             for bank in bank_paths(config, self.survey, self._directory, sample):
                 if not bank.exists():
                     raise FileNotFoundError(f"There is no {bank}; `vaedeblend simulate` makes it.")
-        self.psfs = None
+        self.psfs: PsfBank | None = None
         if config.composition == "fields":
             rng = np.random.default_rng([config.population.seed, 77])
             self.psfs = PsfBank(config.scene, self.survey.pixel_scale, rng)
@@ -103,8 +104,9 @@ class SceneData(lightning.LightningDataModule):
             banks = BlendBanks.load(self._directory, sample, self.survey)
             size, exposures = config.scene.cutout_size, self._fit.exposures if sample == "train" else 1
             return lambda rng: BlendComposer(banks, self.survey, config.blend, size, rng, isolated, exposures)
-        bank = GalaxyBank.load(self._directory / f"{sample}.npz")
-        return lambda rng: SceneComposer(bank, self.psfs, self.survey, config.scene, rng, isolated=isolated)
+        bank, psfs = GalaxyBank.load(self._directory / f"{sample}.npz"), self.psfs
+        assert psfs is not None
+        return lambda rng: SceneComposer(bank, psfs, self.survey, config.scene, rng, isolated=isolated)
 
     def mean_maximum(self, samples: int = 2000) -> Tensor:
         """Mean over noisy isolated galaxies of each band's largest pixel, nJy, (B,): equation 4's scale."""
@@ -115,6 +117,7 @@ class SceneData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         # A resumed run must not see the same scenes again, nor two processes the same.
+        assert self.trainer is not None
         seed = [self.seed, self.trainer.global_step, self.trainer.global_rank]
         stream = _Stream(self.composer("train"), self._fit.batch_size, seed)
         prefetch = 4 if self._workers else None
@@ -122,7 +125,8 @@ class SceneData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         stream = _Stream(self.composer("validation"), self._fit.batch_size, [0], self._fit.validation_batches)
-        return DataLoader(list(stream), batch_size=None)
+        # Anything with a length and items will do for a data set.
+        return DataLoader(list(stream), batch_size=None)  # type: ignore[arg-type]
 
 
 class VaeModule(lightning.LightningModule):
@@ -135,6 +139,10 @@ class VaeModule(lightning.LightningModule):
         "prior" or "deblender".
     kernel_power : `torch.Tensor`, (P, S, S // 2 + 1)
     """
+
+    kernel_power: Tensor
+    encoder: Any
+    decoder: Any
 
     def __init__(self, config: TrainingConfig, step: str, kernel_power: Tensor):
         super().__init__()
@@ -227,6 +235,7 @@ class VaeModule(lightning.LightningModule):
     def configure_optimizers(self):
         parameters = [p for p in self.parameters() if p.requires_grad]
         options = {"lr": self.fit.learning_rate, "weight_decay": self.fit.weight_decay}
+        optimizer: torch.optim.Optimizer
         if self.fit.optimizer == "muon":
             optimizer = Muon(parameters, dtype=self._autocast or torch.float32, **options)
         else:
@@ -284,7 +293,7 @@ def whiten(module: VaeModule, scenes: SceneData, samples: int = 8192) -> None:
     """
     module.eval()
     batches = scenes.composer("train")(np.random.default_rng([scenes.seed, 11])).batches(256)
-    means, variance = [], 0.0
+    means, variance = [], torch.zeros(())
     for _ in range(-(-samples // 256)):
         batch = next(batches)
         inputs = (batch.image, batch.valid.astype(np.float32), batch.noise, batch.psf_moments)

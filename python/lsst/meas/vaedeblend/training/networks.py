@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["Decoder", "Deblender", "Encoder", "SourceShape", "build_networks"]
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,7 @@ class Encoder(nn.Module):
     """
 
     inputs = ("image", "valid", "noise", "psf_moments")
+    apertures: Tensor
 
     def __init__(self, bands: int, size: int, config: NetworkConfig):
         super().__init__()
@@ -253,6 +254,9 @@ class Decoder(nn.Module):
     free_reach = 4.0
     """What the dense layers count from: natural log of a profile's radius, reach of free Gaussians, pixel."""
 
+    ladder: Tensor
+    basis: Tensor
+
     def __init__(self, bands: int, size: int, config: NetworkConfig):
         super().__init__()
         self.bands, self.size = bands, size
@@ -276,11 +280,11 @@ class Decoder(nn.Module):
             nn.SiLU(),
             nn.Linear(config.hidden, config.hidden),
             nn.SiLU(),
-            nn.Linear(config.hidden, outputs),
+            last := nn.Linear(config.hidden, outputs),
         )
         nn.init.normal_(self.skip.weight, std=0.1)
         nn.init.zeros_(self.skip.bias)
-        nn.init.normal_(self.hidden[-1].weight, std=0.02)
+        nn.init.normal_(last.weight, std=0.02)
         with torch.no_grad():
             # Free Gaussians start faint: they are for what the profiles cannot draw.
             start = sum(list(self._sizes.values())[:-1])
@@ -303,7 +307,8 @@ class Decoder(nn.Module):
         offset : `torch.Tensor`, (L,)
         """
         for layer in (self.skip, self.hidden[0]):
-            layer.bias += layer.weight @ offset
+            assert isinstance(layer, nn.Linear)
+            layer.bias.add_(layer.weight @ offset)
             layer.weight.copy_(layer.weight @ matrix)
 
     def _numbers(self, latent: Tensor) -> dict[str, Tensor]:
@@ -394,7 +399,7 @@ class Deblender(nn.Module):
         Names of the inputs in order: those that the encoder reads, then epsilon.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module):
+    def __init__(self, encoder: Encoder | ConvolutionalEncoder, decoder: Decoder | ConvolutionalDecoder):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.inputs = (*encoder.inputs, "epsilon")
@@ -405,7 +410,7 @@ class Deblender(nn.Module):
         return self.decoder(mean + sigma * epsilon), mean, sigma
 
 
-def build_networks(bands: int, size: int, config: NetworkConfig) -> tuple[nn.Module, nn.Module]:
+def build_networks(bands: int, size: int, config: NetworkConfig) -> tuple[Any, Any]:
     """Make encoder and decoder of the configured architecture.
 
     Parameters
@@ -416,9 +421,9 @@ def build_networks(bands: int, size: int, config: NetworkConfig) -> tuple[nn.Mod
     """
     if config.architecture == "convolutional":
         arguments = bands, size, config.latent_size
-        encoder, decoder = ConvolutionalEncoder(*arguments), ConvolutionalDecoder(*arguments)
+        networks: tuple[Any, Any] = ConvolutionalEncoder(*arguments), ConvolutionalDecoder(*arguments)
     else:
-        encoder, decoder = Encoder(bands, size, config), Decoder(bands, size, config)
+        networks = Encoder(bands, size, config), Decoder(bands, size, config)
     # Convolutions on processors are faster with the channels of a pixel side by side.
-    order = torch.channels_last
-    return encoder.to(memory_format=order), decoder.to(memory_format=order)
+    encoder, decoder = (network.to(memory_format=torch.channels_last) for network in networks)
+    return encoder, decoder

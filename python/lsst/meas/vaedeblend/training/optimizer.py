@@ -101,6 +101,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
+        assert p.grad is not None
         momentum = state["momentum"].mul_(_MOMENTUM).add_(p.grad)
         # Nesterov's form: the momentum one step ahead.
         update = torch.add(p.grad, momentum, alpha=_MOMENTUM).flatten(1)
@@ -111,6 +112,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state |= {"step": torch.zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+        assert p.grad is not None
         state["step"] += 1
         t = state["step"].item()
         mean = state["mean"].lerp_(p.grad, 1.0 - _BETAS[0])

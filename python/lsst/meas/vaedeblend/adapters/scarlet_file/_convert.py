@@ -14,6 +14,7 @@ from ...scene import Parent
 from ...sources import SourceModels
 from ._factorize import factorize
 from ._records import (
+    CubeComponent,
     FactorizedComponent,
     IsolatedSource,
     ScarletBlend,
@@ -150,7 +151,7 @@ def models_to_scarlet(
         at = at if np.isfinite(at).all() else (models.y[i], models.x[i])
         peak = (float(np.rint(at[0])) + y0, float(np.rint(at[1])) + x0)
         corner = (int(models.corner_y[i]) + y0, int(models.corner_x[i]) + x0)
-        components = [
+        components: list[FactorizedComponent | CubeComponent] = [
             FactorizedComponent((corner[0] + y, corner[1] + x), peak, spectrum, morph)
             for spectrum, morph, (y, x) in factorize(models.model_frame[i], pixel[i], circle[i])
         ]

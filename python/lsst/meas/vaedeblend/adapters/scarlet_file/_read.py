@@ -179,6 +179,16 @@ def _shape(value: Any, count: int, where: str) -> tuple[int, ...]:
     return shape
 
 
+def _pair(value: Any, where: str) -> tuple[int, int]:
+    y, x = _integers(value, 2, where)
+    return y, x
+
+
+def _box(value: Any, where: str) -> tuple[int, int]:
+    height, width = _shape(value, 2, where)
+    return height, width
+
+
 def _position(value: Any, where: str) -> tuple[float, float]:
     y, x = _numbers(value, (2,), where, np.float64).tolist()
     if not max(abs(y), abs(x)) < _MAX_COORDINATE:
@@ -283,13 +293,13 @@ def _parse_cells(record: dict[str, Any], bands: list[str], where: str) -> PsfGri
     cells = _take(_mapping(_take(record, "container", where), f"{where}, container"), "cells", where)
     if not isinstance(cells, list) or not cells:
         raise ScarletFileError(f"{where}: there are no cells.")
-    cell_shape = _shape(grid.get("cell_size"), 2, f"{where}, cell_size")[::-1]
-    grid_shape = _shape(grid.get("shape"), 2, f"{where}, grid shape")[::-1]
-    origin = _integers(grid.get("min"), 2, f"{where}, grid min")[::-1]
+    cell_shape = _box(grid.get("cell_size"), f"{where}, cell_size")[::-1]
+    grid_shape = _box(grid.get("shape"), f"{where}, grid shape")[::-1]
+    origin = _pair(grid.get("min"), f"{where}, grid min")[::-1]
     stamps: dict[int, NDArray] = {}
     for number, cell in enumerate(cells):
         place = f"{where}, cell {number}"
-        x, y = _integers(_mapping(cell, place).get("index"), 2, f"{place}, index")
+        x, y = _pair(_mapping(cell, place).get("index"), f"{place}, index")
         if not (0 <= y < grid_shape[0] and 0 <= x < grid_shape[1]):
             raise ScarletFileError(f"{place} lies at {[x, y]}, outside the grid.")
         stamps[y * grid_shape[1] + x] = _parse_psf(cell, "psf", bands, place)
@@ -313,17 +323,17 @@ def _parse_parent(record: dict[str, Any], n_bands: int, where: str) -> ScarletPa
         blends[_identifier(name, where)] = _parse_blend(child, n_bands, f"{where}, blend {name}")
     metadata = _mapping(record.get("metadata") or {}, f"{where}, metadata")
     if kind == "lsst_hierarchical":
-        shape = _shape(_take(record, "shape", where), 2, f"{where}, shape")
+        shape = _box(_take(record, "shape", where), f"{where}, shape")
         origin, footprint = _take(record, "origin", where), _take(record, "span_array", where)
     elif "spans" in metadata:
-        shape = _shape(_take(metadata, "spans_shape", where), 2, f"{where}, spans_shape")
+        shape = _box(_take(metadata, "spans_shape", where), f"{where}, spans_shape")
         origin, footprint = _take(metadata, "origin", where), metadata["spans"]
     else:
         y0, x0, y1, x1 = bounding_box((blend.origin, blend.shape) for blend in blends.values())
-        shape = _shape([y1 - y0, x1 - x0], 2, f"{where}, box of its blends")
+        shape = _box([y1 - y0, x1 - x0], f"{where}, box of its blends")
         return ScarletParent((y0, x0), np.ones(shape, bool), blends)
-    origin = _integers(origin, 2, f"{where}, origin")
-    return ScarletParent(origin, _mask(footprint, shape, f"{where}, footprint"), blends)
+    corner = _pair(origin, f"{where}, origin")
+    return ScarletParent(corner, _mask(footprint, shape, f"{where}, footprint"), blends)
 
 
 def _parse_blend(record: Any, n_bands: int, where: str) -> ScarletBlend:
@@ -335,8 +345,8 @@ def _parse_blend(record: Any, n_bands: int, where: str) -> ScarletBlend:
         number = _identifier(name, where)
         sources[number] = _parse_source(source, number, n_bands, f"{where}, source {name}")
     return ScarletBlend(
-        _integers(_take(record, "origin", where), 2, f"{where}, origin"),
-        _shape(_take(record, "shape", where), 2, f"{where}, shape"),
+        _pair(_take(record, "origin", where), f"{where}, origin"),
+        _box(_take(record, "shape", where), f"{where}, shape"),
         sources,
     )
 
@@ -366,11 +376,11 @@ def _parse_component(record: Any, n_bands: int, where: str) -> FactorizedCompone
     kind = _mapping(record, where).get("component_type", "factorized")
     if record.get("version", "1.0.0") != "1.0.0":
         raise ScarletFileError(f"{where} has the unknown version {_short(record['version'])}.")
-    origin = _integers(_take(record, "origin", where), 2, f"{where}, origin")
+    origin = _pair(_take(record, "origin", where), f"{where}, origin")
     peak = _position(_take(record, "peak", where), f"{where}, peak")
     shape = _take(record, "shape", where)
     if kind == "factorized":
-        shape = _shape(shape, 2, f"{where}, shape")
+        shape = _box(shape, f"{where}, shape")
         morph = _numbers(_take(record, "morph", where), shape, f"{where}, morph")
         spectrum = _numbers(_take(record, "spectrum", where), (n_bands,), f"{where}, spectrum")
         return FactorizedComponent(origin, peak, spectrum, morph)
@@ -384,9 +394,9 @@ def _parse_component(record: Any, n_bands: int, where: str) -> FactorizedCompone
 
 
 def _parse_isolated(record: dict[str, Any], where: str) -> IsolatedSource:
-    shape = _shape(_take(record, "shape", where), 2, f"{where}, shape")
+    shape = _box(_take(record, "shape", where), f"{where}, shape")
     return IsolatedSource(
-        _integers(_take(record, "origin", where), 2, f"{where}, origin"),
+        _pair(_take(record, "origin", where), f"{where}, origin"),
         _position(_take(record, "peak", where), f"{where}, peak"),
         _mask(_take(record, "span_array", where), shape, f"{where}, span_array"),
     )

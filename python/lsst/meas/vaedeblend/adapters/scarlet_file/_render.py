@@ -59,8 +59,8 @@ def render(
     if psf is not None:
         stamps = np.asarray(psf, np.float64)
     elif isinstance(models.psf, PsfGrid):
-        y, x = source.components[0].peak
-        stamps = np.nan_to_num(models.psf.filled().stamps[int(models.psf.index(x, y))])
+        peak_y, peak_x = source.components[0].peak
+        stamps = np.nan_to_num(models.psf.filled().stamps[int(models.psf.index(peak_x, peak_y))])
     else:
         stamps = models.psf.astype(np.float64)
     if stamps.ndim != 3 or len(stamps) != len(models.bands):

@@ -11,7 +11,7 @@ import zipfile
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ...scene import PsfGrid
 from ._records import (
@@ -55,7 +55,7 @@ def write(path_or_stream: str | os.PathLike[str] | BinaryIO, models: ScarletMode
         its parent, or an id that appears twice.
     """
     check(models)
-    members = {str(key): _encode_parent(parent) for key, parent in models.parents.items()}
+    members: dict[str, Any] = {str(key): _encode_parent(parent) for key, parent in models.parents.items()}
     members |= {str(key): _encode_isolated(source) for key, source in models.isolated.items()}
     members["metadata"] = _encode_metadata(models)
     members["version"] = WRITTEN_VERSION
@@ -165,6 +165,8 @@ def _encode_isolated(source: IsolatedSource) -> dict[str, Any]:
 
 def _encode_metadata(models: ScarletModels) -> dict[str, Any]:
     record: dict[str, Any] = {"bands": list(models.bands)}
+    # `check` has seen to it that the PSF is not one of cells.
+    assert not isinstance(models.psf, PsfGrid)
     for key, array in (("model_psf", models.model_psf), ("psf", models.psf)):
         record |= {key: _plain(array), f"{key}_shape": list(array.shape), f"{key}_dtype": "float32"}
     return record | {"array_keys": ["model_psf", "psf"]}
@@ -172,10 +174,10 @@ def _encode_metadata(models: ScarletModels) -> dict[str, Any]:
 
 def _plain(values: ArrayLike, dtype: type = np.float32) -> list[int | float]:
     """Make the numbers of an array ones that JSON writes with as few digits as their type needs."""
-    values = np.asarray(values, dtype).ravel()
-    if not np.isfinite(values).all():
+    numbers: NDArray = np.asarray(values, dtype).ravel()
+    if not np.isfinite(numbers).all():
         raise ValueError("A model or PSF holds numbers that are not finite.")
-    whole = (values == np.rint(values)) & (np.abs(values) < 1 << 24)
+    whole = (numbers == np.rint(numbers)) & (np.abs(numbers) < 1 << 24)
     if whole.all():
-        return values.astype(np.int64).tolist()
-    return [int(v) if w else float(str(v)) for v, w in zip(values, whole.tolist(), strict=True)]
+        return [*numbers.astype(np.int64).tolist()]
+    return [int(v) if w else float(str(v)) for v, w in zip(numbers, whole.tolist(), strict=True)]
