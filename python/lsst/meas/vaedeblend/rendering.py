@@ -21,13 +21,13 @@ from .ground.psf import (
     kolmogorov_psf,
     matching_kernel_ft,
 )
-from .network import NetworkMetadata
+from .network import Decoder, NetworkMetadata
 from .scene import PsfGrid
 
 if TYPE_CHECKING:
     from .sources import SourceModels
 
-__all__ = ["Renderer", "render", "unit_shapes"]
+__all__ = ["Renderer", "SourceImages", "StoredImages", "render", "square", "unit_shapes"]
 
 
 def unit_shapes(models: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_]]:
@@ -162,6 +162,126 @@ def _gaussians(x: NDArray, y: NDArray, sigma: float, size: int) -> NDArray[np.fl
     return along_y[:, :, None] * along_x[:, None, :]
 
 
+def square(images: NDArray, width: int) -> NDArray:
+    """Cut the middle out of images, or pad them with zeros.
+
+    Parameters
+    ----------
+    images : `numpy.ndarray`, (..., S, S)
+        Images.
+    width : `int`
+        The width wanted; the pixel of index S // 2 becomes that of index width // 2.
+
+    Returns
+    -------
+    images : `numpy.ndarray`, (..., width, width)
+        A view where they are cut.
+    """
+    size = images.shape[-1]
+    if width <= size:
+        low = size // 2 - width // 2
+        return images[..., low : low + width, low : low + width]
+    out = np.zeros((*images.shape[:-2], width, width), images.dtype)
+    low = width // 2 - size // 2
+    out[..., low : low + size, low : low + size] = images
+    return out
+
+
+class SourceImages:
+    """Images of deblended sources, rendered when they are asked for.
+
+    Parameters
+    ----------
+    decoder : `Decoder` or `None`
+        Renders the latents; `None` only where every source has a template.
+    renderer : `Renderer`
+        Takes models to the observed frame.
+    latent : `numpy.ndarray`, (N, L)
+        Latents.
+    psf_index : `numpy.ndarray`, (N,)
+        PSF cells.
+    flux : `numpy.ndarray`, (N, B)
+        Fluxes of the models, nJy; NaN renders as 0.
+    flux_network : `numpy.ndarray`, (N, B)
+        Fluxes that go with the latents, light beyond the cutout included; NaN where that is not known.
+    templates : `dict` [`int`, `tuple` [`numpy.ndarray`]], optional
+        Images (B, S, S) in the network's frame and as observed, nJy, of sources without a model from the network.
+    """
+
+    _CHUNK = 64
+
+    def __init__(
+        self,
+        decoder: Decoder | None,
+        renderer: Renderer,
+        latent: NDArray[np.float32],
+        psf_index: NDArray[np.int64],
+        flux: NDArray[np.float64],
+        flux_network: NDArray[np.float64],
+        templates: dict[int, tuple[NDArray, NDArray]] | None = None,
+    ) -> None:
+        self._decoder, self._renderer = decoder, renderer
+        self._latent, self._psf_index = latent, psf_index
+        self._flux, self._flux_network = flux, flux_network
+        self._templates = templates or {}
+
+    def __len__(self) -> int:
+        return len(self._latent)
+
+    def model_frame(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Render models in the network's frame, (K, B, S, S), nJy; all of them by default."""
+        return self._render(rows, 0)
+
+    def observed(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Render models as the coadd shows them, (K, B, S, S), nJy; all of them by default."""
+        return self._render(rows, 1)
+
+    def _render(self, rows: ArrayLike | None, frame: int) -> NDArray[np.float32]:
+        number = np.arange(len(self)) if rows is None else np.atleast_1d(np.asarray(rows, np.int64))
+        size, bands = self._renderer.metadata.cutout_size, self._flux.shape[1]
+        out = np.zeros((len(number), bands, size, size), np.float32)
+        templates = np.array([int(i) in self._templates for i in number], bool)
+        for i in np.flatnonzero(templates):
+            out[i] = self._templates[int(number[i])][frame]
+        rest = np.flatnonzero(~templates)
+        for start in range(0, len(rest) if self._decoder is not None else 0, self._CHUNK):
+            part = rest[start : start + self._CHUNK]
+            own = number[part]
+            assert self._decoder is not None
+            shapes, total, _ = unit_shapes(self._decoder.render(self._latent[own]))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                # Part of the light that the cutout holds.
+                held = np.where(self._flux_network[own] > 0, total / self._flux_network[own], 1.0)
+            scale = np.nan_to_num(self._flux[own] * np.where(total > 0, np.minimum(held, 1.0), 1.0))
+            shapes *= scale[:, :, None, None].astype(np.float32)
+            out[part] = shapes if frame == 0 else self._renderer.observed(shapes, self._psf_index[own])
+        return out
+
+
+class StoredImages:
+    """Images of deblended sources that are at hand, in place of `SourceImages`.
+
+    Parameters
+    ----------
+    model_frame, observed : `numpy.ndarray`, (N, B, S, S)
+        Images in the network's frame and as observed, nJy.
+    """
+
+    def __init__(self, model_frame: NDArray[np.float32], observed: NDArray[np.float32]) -> None:
+        self._model_frame, self._observed = model_frame, observed
+
+    def __len__(self) -> int:
+        return len(self._observed)
+
+    def model_frame(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Give models in the network's frame; see `SourceImages.model_frame`."""
+        return self._model_frame if rows is None else self._model_frame[np.atleast_1d(rows)]
+
+    def observed(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Give models as the coadd shows them; see `SourceImages.observed`."""
+        return self._observed if rows is None else self._observed[np.atleast_1d(rows)]
+
+
 def render(models: SourceModels, shape: tuple[int, int]) -> NDArray[np.float32]:
     """Render the sum of all models as the coadd shows it.
 
@@ -178,5 +298,7 @@ def render(models: SourceModels, shape: tuple[int, int]) -> NDArray[np.float32]:
         The sum, nJy, float32, bands in the models' order.
     """
     total = np.zeros((len(models.bands), *shape), np.float32)
-    add_cutouts(total, models.observed, models.corner_y, models.corner_x)
+    for start in range(0, len(models), SourceImages._CHUNK):
+        rows = np.arange(start, min(start + SourceImages._CHUNK, len(models)))
+        add_cutouts(total, models.images.observed(rows), models.corner_y[rows], models.corner_x[rows])
     return total

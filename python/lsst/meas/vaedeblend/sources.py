@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .network import Decoder, Network
-from .rendering import Renderer, unit_shapes
+from .rendering import Renderer, SourceImages, StoredImages
 from .scene import PsfGrid
 
 if TYPE_CHECKING:
@@ -61,9 +61,8 @@ class SourceModels:
     moments, moments_err : `numpy.ndarray`, (N, B, 3)
         Intrinsic second moments Ixx, Iyy, Ixy of the model, without any PSF and without weight function, and
         their standard deviations, pixel^2; NaN where latents were not refined, and for models from a table.
-    model_frame, observed : `numpy.ndarray`, (N, B, S, S)
-        Models with the solved flux, in the network's frame and as the coadd shows them, nJy, float32; 0 where
-        the flux is NaN.
+    images : `SourceImages` or `StoredImages`
+        Renders models with the solved flux, in the network's frame and as the coadd shows them.
     flags : `dict` [`str`, `numpy.ndarray`]
         Flags by name, (N,) each; `lsst.meas.vaedeblend.ground.flags.FLAGS` explains them.
     blendedness : `numpy.ndarray`, (N,)
@@ -97,8 +96,7 @@ class SourceModels:
     flux_network: NDArray[np.float64]
     moments: NDArray[np.float32]
     moments_err: NDArray[np.float32]
-    model_frame: NDArray[np.float32]
-    observed: NDArray[np.float32]
+    images: SourceImages | StoredImages
     flags: dict[str, NDArray[np.bool_]]
     blendedness: NDArray[np.float64]
     data_coverage: NDArray[np.float64]
@@ -106,6 +104,16 @@ class SourceModels:
 
     def __len__(self) -> int:
         return len(self.id)
+
+    @property
+    def model_frame(self) -> NDArray[np.float32]:
+        """All models in the network's frame, (N, B, S, S), nJy; rendered anew at each call."""
+        return self.images.model_frame()
+
+    @property
+    def observed(self) -> NDArray[np.float32]:
+        """All models as the coadd shows them, (N, B, S, S), nJy; rendered anew at each call."""
+        return self.images.observed()
 
     def to_table(self) -> Table:
         """Make the table from which the models can be rendered again.
@@ -132,6 +140,12 @@ class SourceModels:
             ("latent_mean", self.latent_mean, nothing, "Latents: mean of the approximate posterior"),
             ("latent_sigma", self.latent_sigma, nothing, "Latents: width of the approximate posterior"),
             ("flux", self.flux.astype(np.float32), u.nJy, f"Flux of the model in the bands {bands}"),
+            (
+                "flux_network",
+                self.flux_network.astype(np.float32),
+                u.nJy,
+                f"Flux that goes with the latents in the bands {bands}",
+            ),
             ("fallback", self._flag("fallback"), nothing, "The model is a point source, not the decoder's"),
             ("network", np.full(n, self.network), nothing, "Name of the network and of its decoder"),
             ("weights_sha256", np.full(n, self.weights_sha256), nothing, "Checksum of the network's graph"),
@@ -193,11 +207,18 @@ class SourceModels:
         flux = np.asarray(table["flux"], float).reshape(n, len(bands))
         fallback = np.asarray(table["fallback"], bool)
         renderer = Renderer(decoder.metadata, psf)
-        shapes = unit_shapes(decoder.render(latent))[0]
+        templates = {}
         if fallback.any():
             dx, dy = x - corner_x - centre_x, y - corner_y - centre_y
-            shapes[fallback] = renderer.point_sources(dx[fallback], dy[fallback])
-        model = shapes * np.nan_to_num(flux)[:, :, None, None].astype(np.float32)
+            points = renderer.point_sources(dx[fallback], dy[fallback])
+            points *= np.nan_to_num(flux[fallback])[:, :, None, None].astype(np.float32)
+            seen = renderer.observed(points, psf_index[fallback])
+            rows = np.flatnonzero(fallback).tolist()
+            templates = {row: (own, as_seen) for row, own, as_seen in zip(rows, points, seen, strict=True)}
+        flux_network = np.full(flux.shape, np.nan)
+        if "flux_network" in table.colnames:
+            flux_network = np.asarray(table["flux_network"], float).reshape(flux.shape)
+        images = SourceImages(decoder, renderer, latent, psf_index, flux, flux_network, templates)
         nothing = np.full(n, np.nan)
         return cls(
             bands=bands,
@@ -219,11 +240,10 @@ class SourceModels:
             latent_covariance=np.full((*latent.shape, latent.shape[1]), np.nan, np.float32),
             flux=flux,
             flux_err=np.full(flux.shape, np.nan),
-            flux_network=np.full(flux.shape, np.nan),
+            flux_network=flux_network,
             moments=np.full((*flux.shape, 3), np.nan, np.float32),
             moments_err=np.full((*flux.shape, 3), np.nan, np.float32),
-            model_frame=model,
-            observed=renderer.observed(model, psf_index),
+            images=images,
             flags={"fallback": fallback},
             blendedness=nothing.copy(),
             data_coverage=nothing.copy(),

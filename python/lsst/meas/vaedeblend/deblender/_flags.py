@@ -39,7 +39,8 @@ def source_flags(state: State, rows: NDArray[np.int64]) -> dict[str, NDArray[np.
     flags["missing_band"] = active & ~r.measured[rows].all(axis=1)
     flags["outside_training_range"] = _outside_range(state, rows)
     flags["insignificant"] = active & (worth(state, rows) < state.cost)
-    flags["no_convergence"] = active & state.parent_flags["no_convergence"][parent]
+    flags["no_convergence"] = active & r.tried[rows] & ~r.failed[rows] & ~r.settled[rows]
+    np.logical_or.at(state.parent_flags["no_convergence"], parent, flags["no_convergence"])
     return flags
 
 

@@ -8,24 +8,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ground.cutouts import cut_out
-from ..rendering import unit_shapes
+from ..inference import kernels
+from ..rendering import square
+from ._drawing import Drawn
 from ._fluxes import solve
 from ._state import State
 
-__all__ = ["apply_network", "improve", "take_pass", "try_by_passes"]
+__all__ = ["apply_network", "first_answers", "improve", "take_pass", "try_by_passes"]
+
+_CHANGED = 1.0
+"""Squared signal-to-noise ratio, per band, of neighbours' light in the middle of a cutout above which the network is
+asked again without it."""
+
+_MIDDLE = 16
+"""Width of that middle, pixel."""
+
+
+def first_answers(state: State, parents: list[int]) -> None:
+    """Take all members of some parents through the network, and those again that had much else in view."""
+    rows = state.members_of(parents)
+    _ask(state, rows)
+    state.iterations[parents] += 1
+    for _ in range(state.config.min_passes - 1):
+        again = rows[_neighbours_light(state, rows) > _CHANGED * int(state.usable.sum())]
+        if not len(again):
+            break
+        _ask(state, again)
+        state.iterations[np.unique(state.rows.parent[again])] += 1
+
+
+def _neighbours_light(state: State, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Squared signal-to-noise ratio of all other models in the middle of each cutout, (K,)."""
+    r = state.rows
+    out, width = np.zeros(len(rows)), min(_MIDDLE, state.size)
+    y, x = np.ascontiguousarray(state.start(rows, width).T)
+    others = kernels.cut(state.image, y, x, width) - kernels.cut(state.residual, y, x, width)
+    weight = kernels.cut(state.weight, y, x, width)
+    for _, index in r.stamps.by_width(rows):
+        own = square(r.stamps.images(rows[index]), width)
+        others[index] -= own * r.flux[rows[index]].astype(np.float32)[:, :, None, None]
+    out[:] = np.einsum("kbyx,kbyx,kbyx->k", others, others, weight)
+    return out
 
 
 def take_pass(state: State, parents: list[int]) -> None:
     """Take all members of some parents through the network, then solve for their fluxes."""
-    members = state.members(parents)
-    rows = np.concatenate(members) if members else np.empty(0, np.int64)
+    _ask(state, state.members_of(parents))
+    state.iterations[parents] += 1
+
+
+def _ask(state: State, rows: NDArray[np.int64]) -> None:
     # Bounded pieces, so that the cutouts of a rich patch need not all exist at once.
-    piece = 8 * state.config.batch_size
+    piece = 4 * state.config.batch_size
     for start in range(0, len(rows), piece):
         apply_network(state, rows[start : start + piece])
-    for own in members:
-        solve(state, own)
-    state.iterations[parents] += 1
+    solve(state, rows)
 
 
 def try_by_passes(state: State, parents: list[int], new: NDArray[np.int64]) -> None:
@@ -41,67 +78,79 @@ def improve(state: State, parents: list[int]) -> list[int]:
     """
     if not parents:
         return []
-    r, members = state.rows, state.members(parents)
-    rows = np.concatenate(members)
+    r, rows = state.rows, state.members_of(parents)
     saved, flux = r.save(rows), r.flux[rows].copy()
-    state.subtract()
     before = [state.chi2(p) for p in parents]
     take_pass(state, parents)
     after = [state.chi2(p) for p in parents]
-    moving, start = [], 0
-    for p, own, old, new in zip(parents, members, before, after, strict=True):
-        part = slice(start, start + len(own))
-        start += len(own)
+    moving = []
+    back = np.zeros(len(rows), bool)
+    for p, old, new in zip(parents, before, after, strict=True):
+        own = np.flatnonzero(r.parent[rows] == p)
         if new > old:
-            # The residual follows with the next subtraction.
-            r.restore(own, saved, part)
+            back[own] = True
             continue
-        allowed = state.config.flux_tolerance * np.maximum(np.nan_to_num(r.error[own]), 0.1 * r.flux[own])
-        if (np.abs(r.flux[own] - flux[part]) > allowed).any():
+        error = np.nan_to_num(r.error[rows[own]])
+        allowed = state.config.flux_tolerance * np.maximum(error, 0.1 * r.flux[rows[own]])
+        if (np.abs(r.flux[rows[own]] - flux[own]) > allowed).any():
             moving.append(p)
+    state.put_back(saved, back)
     return moving
 
 
 def apply_network(state: State, rows: NDArray[np.int64]) -> None:
     """Deblend cutouts: what is left of the image plus the source's own model."""
+    if not len(rows):
+        return
     r = state.rows
-    corner_y, corner_x = r.corner[rows].T
-    valid = cut_out(state.valid, corner_y, corner_x, state.size)
-    image = cut_out(state.residual, corner_y, corner_x, state.size)
-    image += r.image[rows] * r.flux[rows, :, None, None].astype(np.float32)
+    y, x = np.ascontiguousarray(r.corner[rows].T)
+    valid = kernels.cut(state.valid, y, x, state.size)
+    image = kernels.cut(state.residual, y, x, state.size)
+    for _, index in r.stamps.by_width(rows):
+        scale = r.flux[rows[index]].astype(np.float32)[:, :, None, None]
+        image[index] += square(r.stamps.images(rows[index]) * scale, state.size)
     image *= valid
-    output = state.network.deblend(
-        image, valid, r.noise[rows], state.moments[r.cell[rows]], batch_size=state.config.batch_size
-    )
-    sky, flux, sound = unit_shapes(output.model)
-    good = output.finite & sound
+    noise, cell = r.noise[rows], r.cell[rows]
+    mean, sigma, drawn = state.drawing.answer(image, valid, noise, cell, state.config.batch_size)
     new = ~r.tried[rows]
     # Once the network has given a sound model, a later failure leaves that one in place.
-    failed = np.flatnonzero(~good & (new | r.failed[rows]))
-    if len(failed):
-        centre = np.array(state.metadata.centre)
-        dy, dx = (r.peak[rows[failed], ::-1] - r.corner[rows[failed]] - centre).T
-        sky[failed] = state.renderer.point_sources(dx, dy)
-        templates = _templates(state, rows[failed], image[failed])
-    flux = np.where(good[:, None], flux, np.nan)
-    change = good.copy()
+    r.unsound[rows] = ~drawn.good
+    failed = np.flatnonzero(~drawn.good & (new | r.failed[rows]))
+    change = drawn.good.copy()
     change[failed] = True
-    target = rows[change]
-    state.change(target, -r.flux[target])
-    r.sky[target] = sky[change]
-    r.image[target] = state.renderer.observed(sky[change], r.cell[target])
-    if len(failed):
-        found = templates.any(axis=(2, 3))[:, :, None, None]
-        r.image[rows[failed]] = np.where(found, templates, r.image[rows[failed]])
-    r.mean[target], r.sigma[target] = output.latent_mean[change], output.latent_sigma[change]
-    r.network_flux[target] = flux[change]
-    r.failed[target] = ~good[change]
-    r.unsound[rows] = ~good
     # Until it has been solved for, a new source's flux is the network's, so that other parents see it.
-    first = change & new
-    r.flux[rows[first]] = np.maximum(np.nan_to_num(flux[first]), 0.0)
+    flux = np.where(new[:, None], np.maximum(np.nan_to_num(drawn.flux), 0.0), r.flux[rows])
+    target = rows[change]
+    r.mean[target], r.sigma[target] = mean[change], sigma[change]
+    r.failed[target] = ~drawn.good[change]
     r.tried[target] = True
-    state.change(target, r.flux[target])
+    state.replace(rows, drawn, flux)
+    if len(failed):
+        _fall_back(state, rows[failed], image[failed])
+
+
+def _fall_back(state: State, rows: NDArray[np.int64], image: NDArray) -> None:
+    """Give sources that the network fails on a shape: what is symmetric about them, or a point source."""
+    r = state.rows
+    centre = np.array(state.metadata.centre)
+    dy, dx = (r.peak[rows, ::-1] - r.corner[rows] - centre).T
+    sky = state.renderer.point_sources(dx, dy)
+    shapes = state.renderer.observed(sky, r.cell[rows])
+    templates = _templates(state, rows, image)
+    shapes = np.where(templates.any(axis=(2, 3))[:, :, None, None], templates, shapes)
+    for row, own_sky, own in zip(rows.tolist(), sky, shapes, strict=True):
+        state.templates[row] = own_sky, own
+    middle = np.floor(centre + 0.5)
+    offset = (r.peak[rows, ::-1] - r.corner[rows] - middle)[:, ::-1]
+    n, everything = len(rows), np.arange(len(rows))
+    drawn = Drawn(
+        [(everything, shapes)],
+        np.full((n, len(state.metadata.bands)), np.nan),
+        offset,
+        np.full(n, state.size),
+        np.ones(n, bool),
+    )
+    state.replace(rows, drawn, r.flux[rows])
 
 
 def _templates(state: State, rows: NDArray[np.int64], image: NDArray) -> NDArray[np.float32]:

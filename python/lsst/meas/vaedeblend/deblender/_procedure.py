@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
+
 from ..network import Network
 from ..scene import Scene
 from ._config import DeblendConfig
-from ._passes import improve, take_pass, try_by_passes
+from ._drawing import GridDrawing
+from ._passes import first_answers, improve, try_by_passes
 from ._pruning import drop
-from ._refinement import refine, set_posterior, try_by_refinement
+from ._refinement import refine, set_posterior, try_by_refinement, unsettled, wake
 from ._result import DeblendResult, assemble
 from ._start import place_first
 from ._state import State
@@ -60,11 +63,9 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
         raise ValueError("The scene has no PSF in any cell and band.")
     state = State(scene, network, config)
     place_first(state)
-    everything = range(len(scene.parents))
-    parents = [p for p, own in zip(everything, state.members(list(everything)), strict=True) if len(own)]
-    for _ in range(config.min_passes):
-        take_pass(state, parents)
-    if config.refinement_steps > 0 and network.jacobian is not None:
+    parents = [p for p in range(len(scene.parents)) if len(state.members(p))]
+    first_answers(state, parents)
+    if config.refinement_steps > 0 and isinstance(state.drawing, GridDrawing):
         _go_on_with_refinement(state, parents)
     else:
         _go_on_with_passes(state, parents)
@@ -73,15 +74,23 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
 
 def _go_on_with_refinement(state: State, parents: list[int]) -> None:
     """Refine the sources, then try new peaks and refine those parents that have not settled."""
-    moving, open_ = refine(state, parents), _to_search(state, parents)
+    refine(state, parents)
+    open_ = _to_search(state, parents)
     for iteration in range(1, state.config.max_iterations + 1):
+        moving = unsettled(state, parents)
         if not moving and not open_:
             break
         open_ = try_peaks(state, open_, iteration, try_by_refinement)
-        moving = _either(refine(state, _either(moving, open_)), open_)
+        refine(state, _either(moving, open_))
         _report(iteration, moving, open_)
-    _conclude(state, parents, moving)
+    gone = [drop(state, p) for p in parents]
+    if any(len(rows) for rows in gone):
+        rows = state.members_of(parents)
+        wake(state, rows, np.concatenate(gone))
+        refine(state, parents)
     set_posterior(state)
+    r = state.rows
+    r.settled[:] = r.promise < state.config.refinement_tolerance
 
 
 def _go_on_with_passes(state: State, parents: list[int]) -> None:
@@ -94,7 +103,10 @@ def _go_on_with_passes(state: State, parents: list[int]) -> None:
         open_ = try_peaks(state, open_, iteration, try_by_passes)
         moving = _either(moving, open_)
         _report(iteration, moving, open_)
-    _conclude(state, parents, moving)
+    rows = state.members_of(parents)
+    state.rows.settled[rows] = ~np.isin(state.rows.parent[rows], moving)
+    for p in parents:
+        drop(state, p)
 
 
 def _to_search(state: State, parents: list[int]) -> list[int]:
@@ -108,12 +120,3 @@ def _either(some: list[int], others: list[int]) -> list[int]:
 
 def _report(iteration: int, moving: list[int], open_: list[int]) -> None:
     _LOG.debug("Iteration %d: %d parents gained sources, %d not settled.", iteration, len(open_), len(moving))
-
-
-def _conclude(state: State, parents: list[int], moving: list[int]) -> None:
-    """Flag the parents that still change, and drop what no longer earns its place."""
-    if state.config.max_iterations > 0:
-        state.parent_flags["no_convergence"][moving] = True
-    state.subtract()
-    for p in parents:
-        drop(state, p)

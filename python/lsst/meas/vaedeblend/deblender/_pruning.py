@@ -25,11 +25,13 @@ def worth(
     r = state.rows
     with np.errstate(invalid="ignore", divide="ignore"):
         out = np.where(r.measured[rows], (r.flux[rows] / r.error[rows]) ** 2, 0.0)
-    if weight is not None:
+    if weight is not None and p is not None:
         (ys, xs), _ = state.windows[p]
-        corner = r.corner[rows] - [ys.start, xs.start]
-        soft = cut_out(weight.astype(np.float32), corner[:, 0], corner[:, 1], state.size)
-        out = np.minimum(out, r.flux[rows] ** 2 * np.einsum("kbyx,kbyx->kb", r.image[rows] ** 2, soft))
+        for width, index in r.stamps.by_width(rows):
+            start = state.start(rows[index], width) - [ys.start, xs.start]
+            soft = cut_out(weight.astype(np.float32), start[:, 0], start[:, 1], width)
+            squares = np.einsum("kbyx,kbyx->kb", r.stamps.images(rows[index]) ** 2, soft)
+            out[index] = np.minimum(out[index], r.flux[rows[index]] ** 2 * squares)
     return np.nan_to_num(out).sum(axis=1)
 
 
@@ -37,34 +39,41 @@ def weed(state: State, p: int, new: NDArray[np.int64], weight: NDArray) -> None:
     """Take back the new sources of a parent that do not earn their place, the least useful first."""
     r = state.rows
     while True:
-        # Sources may have died without their light having been put back.
-        dead = new[~r.alive[new] & (r.flux[new] != 0).any(axis=1)]
-        if len(dead):
-            state.set_fluxes(dead, 0.0)
-            solve(state, state.members([p])[0])
         live = new[r.alive[new]]
         if not len(live):
             return
         gain = worth(state, live, p, weight)
         if gain.min() >= state.cost:
             return
-        r.alive[live[np.argmin(gain)]] = False
+        weakest = live[np.argmin(gain)]
+        state.kill(np.array([weakest]))
+        solve(state, _around(state, p, weakest))
 
 
-def drop(state: State, p: int) -> None:
-    """Drop members of a parent that no longer earn their place, the least useful first."""
-    r = state.rows
+def drop(state: State, p: int) -> NDArray[np.int64]:
+    """Drop members of a parent that no longer earn their place, the least useful first; return their rows."""
+    r, gone = state.rows, []
     while True:
-        members = state.members([p])[0]
+        members = state.members(p)
         free = members if state.config.drop_given_peaks else members[~r.given[members]]
         # A parent keeps a source.
         if not len(free) or len(members) < 2:
-            return
+            break
         gain = worth(state, free)
         weakest = free[np.argmin(gain)]
         if gain.min() >= state.cost:
-            return
-        r.alive[weakest] = False
-        state.set_fluxes(np.array([weakest]), 0.0)
-        solve(state, members[members != weakest])
+            break
+        state.kill(np.array([weakest]))
+        solve(state, _around(state, p, weakest))
         state.rejected[p].append(r.peak[weakest])
+        gone.append(weakest)
+    return np.array(gone, np.int64)
+
+
+def _around(state: State, p: int, row: int) -> NDArray[np.int64]:
+    """Members of a parent whose squares overlap with that of a source."""
+    members = state.members(p)
+    start, width = state.starts(members), state.rows.stamps.width[members]
+    own, size = state.starts(np.array([row]))[0], state.rows.stamps.width[row]
+    near = (np.minimum(start + width[:, None], own + size) > np.maximum(start, own)).all(axis=1)
+    return members[near]

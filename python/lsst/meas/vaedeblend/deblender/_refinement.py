@@ -4,151 +4,253 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
-from ..ground.cutouts import cut_out
-from ..refine import WIDTHS, LinearisedModels, choose_widths
-from ..rendering import unit_shapes
+from ..inference import GaussNewton, kernels, overlapping_pairs
+from ..inference.groups import connected_groups
+from ._drawing import GridDrawing
 from ._fluxes import solve
 from ._passes import apply_network
-from ._rows import FIRST_DAMPING
 from ._state import State
 
-__all__ = ["refine", "set_posterior", "try_by_refinement"]
+__all__ = ["refine", "set_posterior", "try_by_refinement", "unsettled"]
 
-# Steps of refinement before new peaks are judged.
+_MAX_STEP = 2.0
+"""Longest step of one source, in standard deviations of the prior: the models are linear no farther."""
+
+_FIRST_DAMPING, _MORE, _LESS = 0.1, 10.0, 0.1
+"""Damping after the first step that failed, and by how much it grows and shrinks."""
+
+_STUCK = 1e4
+"""Damping at which a group counts as stuck."""
+
 _TRIAL_STEPS = 2
+"""Steps of refinement before new peaks are judged."""
+
+_LEAST_OVERLAP = 4
+"""Pixels on both axes that squares must share to be treated jointly."""
 
 
-def refine(state: State, parents: list[int]) -> list[int]:
-    """Refine the members of some parents; return the parents that have not settled."""
-    members = state.members(parents)
-    if not members:
-        return []
-    r, rows = state.rows, np.concatenate(members)
-    _take_steps(state, rows, state.config.refinement_steps)
-    return np.unique(r.parent[rows[~r.settled[rows] & ~r.failed[rows]]]).tolist()
+def refine(state: State, parents: list[int], steps: int | None = None) -> None:
+    """Refine the members of some parents until they settle, are stuck, or the steps are over."""
+    rows = state.members_of(parents)
+    _take_steps(state, rows, state.config.refinement_steps if steps is None else steps)
+
+
+def unsettled(state: State, parents: list[int]) -> list[int]:
+    """Those of some parents that have a member which still moves."""
+    r, rows = state.rows, state.members_of(parents)
+    return np.unique(r.parent[rows[~r.settled[rows] & ~r.stuck[rows] & ~r.failed[rows]]]).tolist()
 
 
 def try_by_refinement(state: State, parents: list[int], new: NDArray[np.int64]) -> None:
     """Fit parents that have new sources."""
     apply_network(state, new)
-    members = state.members(parents)
-    for own in members:
-        solve(state, own)
-    # Only those that can see a new source have a reason to change.
-    r, rows = state.rows, np.concatenate(members)
-    near = cKDTree(r.corner[new]).query(r.corner[rows], p=np.inf)[0] < WIDTHS[0]
-    r.settled[rows[near]], r.damping[rows[near]] = False, FIRST_DAMPING
+    rows = state.members_of(parents)
+    solve(state, rows)
+    wake(state, rows, new)
     _take_steps(state, rows, _TRIAL_STEPS)
 
 
-def _take_steps(state: State, rows: NDArray[np.int64], steps: int) -> None:
-    """Fit the latents of sources to the pixels, see `lsst.meas.vaedeblend.refine`, until they settle.
-
-    Overlapping sources whose posterior gets less probable go back to where they were, and take shorter
-    steps.
-    """
+def wake(state: State, rows: NDArray[np.int64], moved: NDArray[np.int64]) -> None:
+    """Let those of some sources move again that see one of the sources that moved."""
     r = state.rows
-    rows = rows[~r.failed[rows]]
+    start, width = state.starts(rows), r.stamps.width[rows]
+    near = np.isin(rows, moved)
+    for row in moved.tolist():
+        own_start = state.starts(np.array([row]))[0]
+        own_width = r.stamps.width[row]
+        overlap = np.minimum(start + width[:, None], own_start + own_width) - np.maximum(start, own_start)
+        near |= (overlap >= _LEAST_OVERLAP).all(axis=1)
+    r.settled[rows[near]] = r.stuck[rows[near]] = False
+    r.damping[rows[near]] = 0.0
+
+
+def _take_steps(state: State, rows: NDArray[np.int64], steps: int) -> None:
+    """Fit the latents of sources to the pixels by Gauss-Newton steps.
+
+    Overlapping sources whose posterior gets less probable go back to where they were, and take shorter steps.
+    """
+    r, config = state.rows, state.config
+    rows = rows[~r.failed[rows] & (r.stamps.width[rows] > 0)]
     # From here on the fluxes are those of the latents.
-    state.set_fluxes(rows, np.where(r.measured[rows], r.network_flux[rows], 0.0))
+    latent_flux = np.where(r.measured[rows], r.network_flux[rows], 0.0)
+    state.set_fluxes(rows, latent_flux)
     for batch in _batches(state, rows):
         for _ in range(steps):
-            active = batch[~r.settled[batch]]
+            active = batch[~r.settled[batch] & ~r.stuck[batch]]
             if not len(active):
                 break
-            saved = r.save(active)
-            models = _linearise(state, active)
-            groups = models.groups()
-            before = _objective(state, active, models, groups)
-            latent, gain = models.step(r.damping[active])
-            _draw(state, active, latent)
-            worse = _objective(state, active, models, groups) > before
-            back, damping = worse[groups], r.damping[active]
-            state.change(active[back], -r.flux[active[back]])
-            r.restore(active[back], saved, back)
-            state.change(active[back], r.flux[active[back]])
-            r.damping[active] = np.where(back, np.maximum(10.0 * damping, 0.1), 0.2 * damping)
-            r.settled[active] = (gain < state.config.refinement_tolerance) & ~back
+            _step(state, active)
+    state.refresh()
+
+
+def _step(state: State, rows: NDArray[np.int64]) -> None:
+    """One step of all sources of a batch that have not settled."""
+    r, config = state.rows, state.config
+    system = _linearise(state, rows)
+    damping = r.damping[rows]
+    change, gain = system.step(damping)
+    promise = gain if not damping.any() else system.step(np.zeros(len(rows)))[1]
+    groups, count = system.groups, int(system.groups.max()) + 1
+    lost = ~np.isfinite(change).all(axis=1)
+    bad = np.bincount(groups, weights=lost, minlength=count)[groups] > 0
+    # What cannot be solved stays as it is.
+    r.stuck[rows[bad]] = True
+    r.promise[rows] = np.where(np.isfinite(promise), promise, np.inf)
+    settled = ~bad & (r.promise[rows] < config.refinement_tolerance)
+    r.settled[rows[settled]] = True
+    moving = np.flatnonzero(~bad & ~settled)
+    if not len(moving):
+        return
+    own = rows[moving]
+    distance = np.sqrt((change[moving] ** 2).sum(axis=1, keepdims=True))
+    latent = r.mean[own] + change[moving] * np.minimum(1.0, _MAX_STEP / np.maximum(distance, 1e-12))
+    old_prior = (r.mean[own].astype(float) ** 2).sum(axis=1)
+    drawn = state.drawing.draw(latent.astype(np.float32), r.noise[own], r.cell[own], r.wanted[own])
+    saved = r.save(own)
+    flux = np.where(r.measured[own], np.nan_to_num(drawn.flux), 0.0)
+    difference = state.replace(own, drawn, flux)
+    r.mean[own[drawn.good]] = latent[drawn.good]
+    difference += config.refinement_prior * ((r.mean[own].astype(float) ** 2).sum(axis=1) - old_prior)
+    total = np.bincount(groups[moving], weights=difference, minlength=count)
+    undrawn = np.bincount(groups[moving], weights=~drawn.good, minlength=count) > 0
+    worse = (~(total <= 0.0) | undrawn)[groups[moving]]
+    state.put_back(saved, worse)
+    less, more = own[~worse], own[worse]
+    r.damping[less] = np.where(r.damping[less] < 1e-3, 0.0, _LESS * r.damping[less])
+    r.damping[more] = np.maximum(_MORE * r.damping[more], _FIRST_DAMPING)
+    r.stuck[more] = r.damping[more] > _STUCK
 
 
 def _batches(state: State, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Rows that are refined at once: whole parents as long as they fit."""
-    size, pieces = state.config.refinement_batch, []
-    rows = rows[np.argsort(state.rows.parent[rows], kind="stable")]
-    while len(rows):
-        stop = min(size, len(rows))
-        if stop < len(rows):
-            parent = state.rows.parent[rows]
-            first = int(np.searchsorted(parent, parent[stop]))
-            stop = first if first > 0 else stop
-        pieces.append(rows[:stop])
-        rows = rows[stop:]
+    """Rows that are refined at once: whole groups of overlapping sources, as many as fit."""
+    size = state.config.refinement_batch
+    if len(rows) <= size:
+        return [rows] if len(rows) else []
+    groups = connected_groups(len(rows), overlapping_pairs(state.starts(rows), state.rows.stamps.width[rows]))
+    order = np.argsort(groups, kind="stable")
+    ends = np.flatnonzero(np.diff(groups[order], append=groups.max() + 1)) + 1
+    pieces, start = [], 0
+    while start < len(order):
+        fitting = ends[(ends > start) & (ends <= start + size)]
+        # A group that does not fit is taken whole all the same.
+        stop = int(fitting[-1]) if len(fitting) else int(ends[ends > start][0])
+        pieces.append(rows[np.sort(order[start:stop])])
+        start = stop
     return pieces
 
 
-def _linearise(state: State, rows: NDArray[np.int64]) -> LinearisedModels:
-    r = state.rows
+def _linearise(state: State, rows: NDArray[np.int64]) -> GaussNewton:
+    """The quadratic approximation of the posterior about where sources are."""
+    assert isinstance(state.drawing, GridDrawing)
+    r, grids, prior = state.rows, state.drawing.grids, state.config.refinement_prior
     state.soften(rows)
-    corner = r.corner[rows]
-    models = r.image[rows] * r.flux[rows].astype(np.float32)[:, :, None, None]
-    widths = choose_widths(models, cut_out(state.soft_weight, corner[:, 0], corner[:, 1], state.size))
-    return LinearisedModels(
-        state.network.jacobian,
-        r.mean[rows],
-        state.moments[r.cell[rows]],
-        corner,
-        widths,
-        state.residual,
-        state.soft_weight,
-        state.config.refinement_prior,
-    )
+    k, length = r.mean[rows].shape
+    gradient, block = np.empty((k, length)), np.empty((k, length, length))
+    parts: dict[int, list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = {}
+    place = np.empty((k, 2), np.int64)
+    width = r.stamps.width[rows]
+    inner = np.minimum(_informative(state, rows), width)
+    for w, v in np.unique(np.stack([width, inner], 1), axis=0).tolist():
+        index = np.flatnonzero((width == w) & (inner == v))
+        own = rows[index]
+        y, x = np.ascontiguousarray(state.start(own, w).T)
+        weighted = kernels.weighted_residual(state.residual, state.soft_weight, y, x, w)
+        # Coarse pixels of all sources lie on one lattice, so that their derivatives can be multiplied.
+        start = state.start(own, v)
+        coarse = start // grids.stride
+        y, x = np.ascontiguousarray((coarse * grids.stride).T)
+        weight = kernels.coarse_weights(state.soft_weight, y, x, v // grids.stride, grids.stride)
+        offset = start - coarse * grids.stride
+        found = grids.linearise(r.mean[own], r.cell[own], weighted, weight, v, offset, w)
+        gradient[index], block[index] = found.gradient, found.block
+        place[index] = coarse
+        parts.setdefault(v, []).append((index, found.tangent))
+    gradient -= prior * r.mean[rows]
+    axis = np.arange(length)
+    block[:, axis, axis] += prior
+    # A band in which a source is not measured has no say, and latents that overflow do not spoil others.
+    lost = ~(np.isfinite(gradient).all(axis=1) & np.isfinite(block).all(axis=(1, 2)))
+    block[lost], gradient[lost] = np.nan, np.nan
+    first = r.corner[rows] + (state.size // 2 - inner // 2)[:, None]
+    pairs = overlapping_pairs(first, inner, _LEAST_OVERLAP)
+    return GaussNewton(gradient, block, pairs, _cross(parts, place, inner, pairs, length))
 
 
-def _objective(
-    state: State, rows: NDArray[np.int64], models: LinearisedModels, groups: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Minus twice the log posterior of groups of overlapping sources, up to constants."""
-    (y0, x0), (y1, x1) = models.starts.min(axis=0), models.stops.max(axis=0)
-    owner = np.full((y1 - y0, x1 - x0), groups.max() + 1)
-    for group, start, stop in zip(groups, models.starts - [y0, x0], models.stops - [y0, x0], strict=True):
-        owner[start[0] : stop[0], start[1] : stop[1]] = group
-    residual, weight = state.residual[:, y0:y1, x0:x1], state.soft_weight[:, y0:y1, x0:x1]
-    chi2 = np.einsum("byx,byx,byx->yx", residual, residual, weight)
-    n = int(groups.max()) + 2
-    out = np.bincount(owner.ravel(), weights=chi2.ravel(), minlength=n)[: n - 1]
-    prior = state.config.refinement_prior * (state.rows.mean[rows].astype(float) ** 2).sum(axis=1)
-    return out + np.bincount(groups, weights=prior, minlength=n - 1)
+def _informative(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Widths of the squares that hold what the pixels tell of sources, (K,).
 
-
-def _draw(state: State, rows: NDArray[np.int64], latent: NDArray[np.float64]) -> None:
-    """Give sources new latents, and the models and fluxes that go with them."""
+    Less than 4 (two sigma), or less than a hundredth, of the squared signal-to-noise ratio lies outside.
+    """
     r = state.rows
-    sky, flux, good = unit_shapes(state.network.decoder.render(latent))
-    good &= np.isfinite(flux).all(axis=1)
-    rows, sky, flux = rows[good], sky[good], flux[good]
-    state.change(rows, -r.flux[rows])
-    r.mean[rows], r.sky[rows], r.network_flux[rows] = latent[good], sky, flux
-    r.image[rows] = state.renderer.observed(sky, r.cell[rows])
-    r.flux[rows] = np.where(r.measured[rows], flux, 0.0)
-    state.change(rows, r.flux[rows])
+    assert isinstance(state.drawing, GridDrawing)
+    out = np.empty(len(rows), np.int64)
+    possible = state.drawing.grids.widths
+    for width, index in r.stamps.by_width(rows):
+        own = rows[index]
+        y, x = np.ascontiguousarray(state.start(own, width).T)
+        stamps = r.stamps
+        signal = kernels.signal_inside(
+            state.soft_weight, stamps.pool(width), stamps.slot[own], y, x, r.flux[own], np.array(possible)
+        )
+        outside = signal[:, -1:] - signal
+        enough = outside < np.maximum(4.0, 0.01 * signal[:, -1:])
+        out[index] = np.array(possible)[np.argmax(enough, axis=1)]
+    return out
+
+
+def _cross(
+    found: dict, place: NDArray, width: NDArray, pairs: NDArray[np.int64], length: int
+) -> NDArray[np.float64]:
+    """Blocks of pairs of sources, (P, L, L)."""
+    out = np.zeros((len(pairs), length, length))
+    if not len(pairs):
+        return out
+    # Number of each source among those of its width.
+    number = np.empty(len(width), np.int64)
+    parts = {}
+    for v, pieces in found.items():
+        number[np.concatenate([index for index, _ in pieces])] = np.arange(sum(len(i) for i, _ in pieces))
+        parts[v] = pieces[0][1] if len(pieces) == 1 else np.concatenate([t for _, t in pieces])
+    kind = width[pairs]
+    for a, b in np.unique(kind, axis=0).tolist():
+        chosen = np.flatnonzero((kind == [a, b]).all(axis=1))
+        i, j = pairs[chosen].T
+        out[chosen] = kernels.cross_blocks(
+            parts[a],
+            number[i],
+            *np.ascontiguousarray(place[i].T),
+            parts[b],
+            number[j],
+            *np.ascontiguousarray(place[j].T),
+        )
+    return out
 
 
 def set_posterior(state: State) -> None:
-    """Set the widths of the posterior, and what follows from them for fluxes and second moments."""
+    """Set the widths of the posterior, and what follows from them for fluxes and second moments.
+
+    Sources whose step still promises more than the tolerance have not settled after all.
+    """
+    assert isinstance(state.drawing, GridDrawing)
     r, config = state.rows, state.config
-    rows = np.flatnonzero(r.alive & r.active & r.tried & ~r.failed)
+    rows = np.flatnonzero(r.alive & r.active & r.tried & ~r.failed & (r.stamps.width > 0))
     for part in _batches(state, rows):
-        r.covariance[part] = config.posterior_scale**2 * _linearise(state, part).covariances()
+        system = _linearise(state, part)
+        r.covariance[part] = config.posterior_scale**2 * system.covariances()
+        gain = system.step(np.zeros(len(part)))[1]
+        r.promise[part] = np.where(np.isfinite(gain), gain, np.inf)
     if len(rows):
         covariance = r.covariance[rows]
-        r.sigma[rows] = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
-        values, slope = state.network.jacobian.parameters(r.mean[rows])
-        variance = np.einsum("kbpi,kij,kbpj->kbp", slope, covariance, slope, optimize=True)
-        deviation = np.sqrt(np.maximum(variance, 0.0))
+        with np.errstate(invalid="ignore"):
+            r.sigma[rows] = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
+        values, slope = state.drawing.grids.parameters(r.mean[rows])
+        half = np.matmul(slope.reshape(len(rows), -1, slope.shape[-1]), covariance).reshape(slope.shape)
+        deviation = np.sqrt(np.maximum((half * slope).sum(axis=3), 0.0))
         relative = np.hypot(deviation[:, :, 0], config.flux_systematic)
         r.error[rows] = relative * r.network_flux[rows]
         r.moments[rows], r.moments_error[rows] = values[:, :, 3:], deviation[:, :, 3:]

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from ..ground.cutouts import add_cutouts, cut_out, overlaps
+from ..ground.cutouts import add_cutouts
+from ..inference import kernels
+from ..rendering import SourceImages, square
 from ..sources import ParentSummary, SourceModels
 from ._flags import source_flags
 from ._state import State
@@ -41,29 +43,19 @@ class DeblendResult:
 
 
 def assemble(state: State) -> DeblendResult:
-    """Put together what the procedure found, rows ordered by parent.
-
-    The state is of no use afterwards.
-    """
-    state.subtract()
+    """Put together what the procedure found, rows ordered by parent."""
+    state.refresh()
     r, scene = state.rows, state.scene
     alive = np.flatnonzero(r.alive)
     rows = alive[np.argsort(r.parent[alive], kind="stable")]
     active, corner, parent, measured = r.active[rows], r.corner[rows], r.parent[rows], r.measured[rows]
     flux = np.where(measured, r.flux[rows], np.nan)
     error = np.where(measured, r.error[rows], np.nan)
-    position = np.where(active[:, None], r.centroids(rows), r.peak[rows])
+    position = np.where((active & r.tried[rows])[:, None], r.centroid[rows], r.peak[rows])
     flags = source_flags(state, rows)
-    observed, sky = r.image[rows], r.sky[rows]
-    # The cubes of shapes are the bulk of the memory; they are not needed any more.
-    r.image = r.sky = np.empty((0, *observed.shape[1:]), np.float32)
-    observed *= np.nan_to_num(flux).astype(np.float32)[:, :, None, None]
-    _fall_back(state, rows, observed, flux, error)
-    sky *= np.nan_to_num(flux).astype(np.float32)[:, :, None, None]
-    total = np.zeros(scene.image.shape, np.float32)
-    add_cutouts(total, observed, corner[:, 0], corner[:, 1])
-    state.residual = (scene.image - total) * state.valid
-    blendedness, coverage, chi2 = _diagnostics(state, observed, corner, total, r.noise[rows])
+    templates = _fall_back(state, rows, flux, error)
+    blendedness, coverage, chi2 = _diagnostics(state, rows, templates)
+    residual = np.where(state.valid, state.residual, np.float32(0.0))
     sources = SourceModels(
         bands=scene.bands,
         network=state.metadata.name,
@@ -87,15 +79,22 @@ def assemble(state: State) -> DeblendResult:
         flux_network=r.network_flux[rows],
         moments=r.moments[rows],
         moments_err=r.moments_error[rows],
-        model_frame=sky,
-        observed=observed,
+        images=SourceImages(
+            state.network.decoder,
+            state.renderer,
+            r.mean[rows],
+            r.cell[rows],
+            flux,
+            r.network_flux[rows],
+            templates,
+        ),
         flags=flags,
         blendedness=blendedness,
         data_coverage=coverage,
         chi2=chi2,
     )
     np.logical_or.at(state.parent_flags["failed_source"], parent, flags["fallback"])
-    return DeblendResult(sources, _summarise(state, parent[active]), state.residual)
+    return DeblendResult(sources, _summarise(state, parent[active]), residual)
 
 
 def _summarise(state: State, children: NDArray[np.int64]) -> ParentSummary:
@@ -105,7 +104,7 @@ def _summarise(state: State, children: NDArray[np.int64]) -> ParentSummary:
     for p, (window, inside) in enumerate(state.windows):
         end[p] = state.chi2(p)
         weight = state.weight[:, *window][:, inside]
-        start[p] = (scene.image[:, *window][:, inside].astype(float) ** 2 * weight).sum()
+        start[p] = (state.image[:, *window][:, inside].astype(float) ** 2 * weight).sum()
         pixels[p] = np.count_nonzero(weight)
     shapes = np.array([p.footprint.shape for p in scene.parents], np.int64).reshape(-1, 2)
     return ParentSummary(
@@ -127,22 +126,31 @@ def _summarise(state: State, children: NDArray[np.int64]) -> ParentSummary:
 
 
 def _fall_back(
-    state: State, rows: NDArray[np.int64], observed: NDArray, flux: NDArray, error: NDArray
-) -> None:
-    """Add to the models, fluxes and errors of sources without a model from the network what is left."""
+    state: State, rows: NDArray[np.int64], flux: NDArray, error: NDArray
+) -> dict[int, tuple[NDArray, NDArray]]:
+    """Images, in nJy, of sources without a model from the network: their template, and what is left.
+
+    What is left is taken out of the residual, and added to fluxes and errors.
+    """
     r = state.rows
+    out = {}
     failed = np.flatnonzero(r.failed[rows] & r.active[rows])
     if not len(failed):
-        return
+        return out
     extra = _leftovers(state, rows[failed])
-    corner = r.corner[rows[failed]]
-    weight = cut_out(state.weight, corner[:, 0], corner[:, 1], state.size)
+    y, x = np.ascontiguousarray(r.corner[rows[failed]].T)
+    weight = kernels.cut(state.weight, y, x, state.size)
     taken = (extra != 0) & (weight > 0) & r.measured[rows[failed]][:, :, None, None]
     extra *= taken
     variance = np.divide(1.0, weight, out=np.zeros_like(weight), where=taken)
-    observed[failed] += extra
+    for i, row in enumerate(rows[failed].tolist()):
+        sky, observed = state.templates[row]
+        scale = r.flux[row].astype(np.float32)[:, None, None]
+        out[int(failed[i])] = sky * scale, observed * scale + extra[i]
     flux[failed] += extra.sum(axis=(2, 3), dtype=float)
     error[failed] = np.hypot(error[failed], np.sqrt(variance.sum(axis=(2, 3), dtype=float)))
+    add_cutouts(state.residual, -extra, y, x)
+    return out
 
 
 def _leftovers(state: State, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -169,23 +177,29 @@ def _leftovers(state: State, rows: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def _diagnostics(
-    state: State, observed: NDArray, corner: NDArray, total: NDArray, noise: NDArray
+    state: State, rows: NDArray[np.int64], templates: dict[int, tuple[NDArray, NDArray]]
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Blendedness, data coverage and chi-square of sources, (N,) each; NaN without a model."""
-    blendedness, coverage, chi2 = np.full((3, len(observed)), np.nan)
-    for i, outer, inner in overlaps(corner[:, 0], corner[:, 1], state.size, state.scene.shape):
-        own = observed[i][:, *inner]
-        weights = noise[i].astype(float) ** -2
-        mixed = np.einsum("byx,byx->b", own, total[:, *outer]) @ weights
-        if mixed > 0:
-            blendedness[i] = max(1.0 - np.einsum("byx,byx->b", own, own) @ weights / mixed, 0.0)
-        positive = np.maximum(own, 0.0)
-        valid = state.valid[:, *outer]
-        seen = np.einsum("byx,byx->b", positive, valid)
-        whole = np.maximum(observed[i], 0.0).sum(axis=(1, 2))
-        if whole.any():
-            coverage[i] = (seen[whole > 0] / whole[whole > 0]).mean()
-        if seen.any():
-            squares = state.residual[:, *outer] ** 2 * state.weight[:, *outer]
-            chi2[i] = np.einsum("byx,byx->", positive, squares) / seen.sum()
+    r = state.rows
+    blendedness, coverage, chi2 = np.full((3, len(rows)), np.nan)
+    total = state.image - state.residual
+    for width, index in r.stamps.by_width(rows):
+        own = rows[index]
+        y, x = np.ascontiguousarray(state.start(own, width).T)
+        pool, slot, scale = r.stamps.pool(width), r.stamps.slot[own], np.nan_to_num(r.flux[own])
+        for i in np.flatnonzero(np.isin(index, list(templates))):
+            # With what was left over there is more to a source than its stamp.
+            pool = np.concatenate([pool, square(templates[int(index[i])][1], width)[None]])
+            slot[i], scale[i] = len(pool) - 1, 1.0
+        inverse = r.noise[own].astype(float) ** -2
+        alone, mixed, whole, seen, squares = kernels.diagnostics(
+            state.residual, state.weight, state.valid, total, pool, slot, y, x, scale, inverse
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            blendedness[index] = np.where(mixed > 0, np.maximum(1.0 - alone / mixed, 0.0), np.nan)
+            part = np.where(whole > 0, seen / whole, np.nan)
+            there = (whole > 0).any(axis=1)
+            coverage[index[there]] = np.nanmean(part[there], axis=1)
+            light = seen.sum(axis=1)
+            chi2[index] = np.where(light > 0, squares / light, np.nan)
     return blendedness, coverage, chi2

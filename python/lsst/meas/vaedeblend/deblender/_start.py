@@ -41,7 +41,7 @@ def place_first(state: State) -> None:
     )
     rows.crowded = ~np.concatenate(keep)
     rows.active = ~rows.crowded & ~state.outside(rows.peak) & ~parent_flags["masked"][rows.parent]
-    state.rows = rows
+    state.add(rows)
 
 
 def _brightest(state: State, p: int, peaks: NDArray) -> NDArray[np.int64]:

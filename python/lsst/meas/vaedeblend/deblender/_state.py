@@ -9,23 +9,28 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..ground.cutouts import overlaps
 from ..ground.flags import PARENT_FLAGS
-from ..ground.peaks import detection_image
+from ..ground.peaks import significance_map
 from ..ground.psf import moments_sigma
+from ..inference import kernels
 from ..network import Network
 from ..rendering import Renderer
 from ..scene import Scene
 from ._config import DeblendConfig
-from ._rows import Rows
+from ._drawing import Drawn, choose_drawing
+from ._rows import Rows, Saved
 
 __all__ = ["State"]
+
+_LARGEST = 1e15
+"""Largest pixel, in standard deviations, that counts as a measurement: squares must not overflow."""
 
 
 class State:
     """Where one run of the procedure stands, on one scene whose bands are the network's.
 
-    The residual is the image minus the models of all living sources. Who changes a flux goes through
-    `set_fluxes`; who changes a shape takes the old model out of the residual and the new one into it with
-    `change`.
+    The residual is the image minus the models of all living sources, whatever a method does: sources are killed,
+    given other models or fluxes, and put back by methods that change the residual as well. What it holds in
+    invalid pixels means nothing: all that reads it has weights or masks them.
     """
 
     def __init__(self, scene: Scene, network: Network, config: DeblendConfig) -> None:
@@ -38,6 +43,7 @@ class State:
         has_psf = psf.valid.any(axis=0)
         self.valid = scene.valid & has_psf[:, None, None]
         self.weight = scene.weight * has_psf[:, None, None]
+        self._mask_absurd()
         self.usable = self.valid.any(axis=(1, 2))
         moments = psf.moments
         known = np.isfinite(moments).all(axis=2)
@@ -47,6 +53,7 @@ class State:
         self.moments = np.where(np.isfinite(moments), moments, stand_in)
         self.psf_sigma = moments_sigma(self.moments)
         self.detection_sigma = np.median(self.psf_sigma, axis=0)
+        self.drawing = choose_drawing(network, self.renderer, self.moments)
         # Decrease of chi-square that a source must bring.
         self.cost = config.cost_per_parameter * (int(self.usable.sum()) + 5)
         # Of the parents.
@@ -59,9 +66,25 @@ class State:
         self.rejected: list[list[NDArray]] = [[] for _ in range(n)]
         # Of the sources.
         self.rows = self.new_rows(np.empty((0, 2)), np.empty(0, np.int64), given=True, iteration=0)
-        self.residual = scene.image.copy()
+        # Shapes of those that the network fails on, on the network's cutout, in its frame and as observed.
+        self.templates: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._starts: NDArray[np.int64] = np.zeros(n + 1, np.int64)
+        self.residual = self.image.copy()
         # Weights of the refinement, see `soften`.
         self.soft_weight = self.weight.copy()
+
+    def _mask_absurd(self) -> None:
+        """Leave out pixels whose values are no measurements, and keep a copy of the image without them."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            wild = self.valid & ~(np.abs(self.scene.image) * np.sqrt(self.weight) < _LARGEST)
+        self.image = self.scene.image
+        if wild.any():
+            self.valid &= ~wild
+            self.weight[wild] = 0.0
+            self.image = np.where(wild, np.float32(0.0), self.image)
+
+    # Rows
 
     def new_rows(self, peaks: NDArray, parent: NDArray, *, given: ArrayLike, iteration: int) -> Rows:
         """Make rows for peaks (x, y), with what does not depend on the network."""
@@ -73,10 +96,18 @@ class State:
             self.scene.psf.index(peaks[:, 0], peaks[:, 1]),
             self._noise(corner),
             latent_size=self.metadata.latent_size,
-            cutout_size=self.size,
             given=given,
             iteration=iteration,
         )
+
+    def add(self, rows: Rows) -> NDArray[np.int64]:
+        """Add rows; return their numbers."""
+        first = len(self.rows)
+        self.rows.append(rows)
+        self._order = np.argsort(self.rows.parent, kind="stable")
+        parents = self.rows.parent[self._order]
+        self._starts = np.searchsorted(parents, np.arange(len(self.scene.parents) + 1))
+        return np.arange(first, len(self.rows))
 
     def _noise(self, corner: NDArray) -> NDArray[np.float32]:
         """Background standard deviation around sources, (N, B): the median over the cutout."""
@@ -89,11 +120,12 @@ class State:
                 general[i] = np.sqrt(low * high) if low * high > 0 else 1.0
         out = np.tile(general, (len(corner), 1)).astype(np.float32)
         for i, outer, _ in overlaps(corner[:, 0], corner[:, 1], self.size, self.scene.shape):
-            variance, valid = self.scene.variance[:, *outer], self.valid[:, *outer]
+            # One pixel in nine is enough for a median, and a ninth of the time.
+            weight = self.weight[:, outer[0], outer[1]][:, 1::3, 1::3]
             for band in range(len(out[i])):
-                good = variance[band][valid[band]]
+                good = weight[band][weight[band] > 0]
                 if len(good):
-                    out[i, band] = np.sqrt(np.median(good))
+                    out[i, band] = 1.0 / np.sqrt(np.median(good))
         return out
 
     def outside(self, peak: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -101,45 +133,116 @@ class State:
         (height, width), (x, y) = self.scene.shape, np.floor(peak + 0.5).T
         return (x < 0) | (x >= width) | (y < 0) | (y >= height)
 
-    def members(self, parents: list[int]) -> list[NDArray[np.int64]]:
-        """Rows of the sources that are deblended, by parent."""
-        r = self.rows
-        wanted = np.flatnonzero(r.alive & r.active)
-        # A stable sort by parent, then one search per parent, costs less than a comparison per parent.
-        order = wanted[np.argsort(r.parent[wanted], kind="stable")]
-        sorted_parent = r.parent[order]
-        starts = np.searchsorted(sorted_parent, parents, side="left")
-        stops = np.searchsorted(sorted_parent, parents, side="right")
-        return [order[i:j] for i, j in zip(starts, stops, strict=True)]
+    def members(self, p: int) -> NDArray[np.int64]:
+        """Rows of the sources of a parent that are deblended."""
+        rows = self._order[self._starts[p] : self._starts[p + 1]]
+        return rows[self.rows.alive[rows] & self.rows.active[rows]]
 
-    def subtract(self) -> None:
-        """Compute the residual afresh: the original image minus all current models.
+    def members_of(self, parents: list[int]) -> NDArray[np.int64]:
+        """Rows of the sources of some parents that are deblended, one parent after the other."""
+        own = [self.members(p) for p in parents]
+        return np.concatenate(own) if own else np.empty(0, np.int64)
 
-        Between two such computations the residual follows every change of a model; this one rids it of what
-        rounding has left, so that a state that was put back has exactly the residual it had.
+    # Models and residual
+
+    def start(self, rows: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+        """Scene coordinates (y, x) of pixel [0, 0] of squares of some width, (K, 2)."""
+        return self.rows.corner[rows] + (self.size // 2 - width // 2)
+
+    def starts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same of the squares that sources have."""
+        width = self.rows.stamps.width[rows]
+        return self.rows.corner[rows] + (self.size // 2 - width // 2)[:, None]
+
+    def _shift(self, rows: NDArray[np.int64], flux: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Subtract shapes times fluxes from the residual; return how chi-square (softened) changes, (K,)."""
+        change, stamps = np.zeros(len(rows)), self.rows.stamps
+        for width, index in stamps.by_width(rows):
+            own = rows[index]
+            y, x = self.start(own, width).T
+            change[index] = kernels.shift(
+                self.residual,
+                self.soft_weight,
+                stamps.pool(width),
+                stamps.slot[own],
+                np.ascontiguousarray(y),
+                np.ascontiguousarray(x),
+                np.ascontiguousarray(flux[index], np.float64),
+            )
+        return change
+
+    def refresh(self) -> None:
+        """Compute the residual afresh, which rids it of what rounding has left.
+
+        Sources are subtracted in the order of their rows, so that the result does not depend on the way here.
         """
         r = self.rows
-        self.residual = self.scene.image.copy()
+        np.copyto(self.residual, self.image)
         live = np.flatnonzero(r.alive & r.tried)
-        self.change(live, r.flux[live])
+        self._shift(live, r.flux[live])
 
-    def change(self, rows: NDArray[np.int64], flux: NDArray[np.float64]) -> None:
-        """Subtract shapes times fluxes from the residual.
-
-        What the residual holds in invalid pixels means nothing: all that reads it has weights or masks them.
-        """
-        r = self.rows
-        corner, scale = r.corner[rows], flux.astype(np.float32)[:, :, None, None]
-        used, scratch = flux.any(axis=1), np.empty(r.image.shape[1:], np.float32)
-        for i, outer, inner in overlaps(corner[:, 0], corner[:, 1], self.size, self.scene.shape):
-            if used[i]:
-                np.multiply(r.image[rows[i]], scale[i], out=scratch)
-                self.residual[:, *outer] -= scratch[:, *inner]
-
-    def set_fluxes(self, rows: NDArray[np.int64], flux: NDArray[np.float64] | float) -> None:
-        """Give sources other fluxes at the same shapes."""
-        self.change(rows, flux - self.rows.flux[rows])
+    def set_fluxes(self, rows: NDArray[np.int64], flux: NDArray[np.float64]) -> None:
+        """Give living sources other fluxes at the same shapes."""
+        self._shift(rows, flux - self.rows.flux[rows])
         self.rows.flux[rows] = flux
+
+    def replace(
+        self, rows: NDArray[np.int64], drawn: Drawn, flux: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Give living sources other shapes and fluxes, where they were drawn well.
+
+        Parameters
+        ----------
+        rows : `numpy.ndarray`, (K,)
+            The sources.
+        drawn : `Drawn`
+            Their shapes.
+        flux : `numpy.ndarray`, (K, B)
+            Their fluxes, nJy, finite.
+
+        Returns
+        -------
+        change : `numpy.ndarray`, (K,)
+            Changes of chi-square with softened weights, which add up over sources.
+        """
+        r, change = self.rows, np.zeros(len(rows))
+        good = np.flatnonzero(drawn.good)
+        own = rows[good]
+        change[good] = self._shift(own, -r.flux[own])
+        for index, images in drawn.images:
+            kept = drawn.good[index]
+            r.stamps.set(rows[index[kept]], images[kept])
+        r.flux[own] = flux[good]
+        r.network_flux[own] = drawn.flux[good]
+        r.wanted[own] = drawn.wanted[good]
+        r.centroid[own] = self._target(own) + drawn.offset[good]
+        change[good] += self._shift(own, r.flux[own])
+        return change
+
+    def _target(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Scene coordinates (x, y) of the pixel in the middle of sources' cutouts, (K, 2)."""
+        middle = np.floor(np.array(self.metadata.centre) + 0.5).astype(np.int64)
+        return (self.rows.corner[rows] + middle)[:, ::-1]
+
+    def put_back(self, saved: Saved, part: NDArray[np.bool_] | None = None) -> None:
+        """Put back sources as they were when they were saved, all or a part of them."""
+        r = self.rows
+        part = np.ones(len(saved.rows), bool) if part is None else part
+        rows = saved.rows[part]
+        live = rows[r.alive[rows]]
+        self._shift(live, -r.flux[live])
+        r.restore(saved, part)
+        live = rows[r.alive[rows]]
+        self._shift(live, r.flux[live])
+
+    def kill(self, rows: NDArray[np.int64]) -> None:
+        """Take sources out, with their light."""
+        live = rows[self.rows.alive[rows]]
+        self._shift(live, -self.rows.flux[live])
+        self.rows.alive[live] = False
+        self.rows.flux[live] = 0.0
+
+    # Weights, chi-square and significance
 
     def chi2(self, p: int, weight: NDArray | None = None) -> float:
         """Chi-square of the residual over a parent's footprint."""
@@ -154,27 +257,23 @@ class State:
         margin = int(np.ceil(5 * self.detection_sigma.max()))
         y, x = max(rows.start - margin, 0), max(columns.start - margin, 0)
         window = (slice(y, rows.stop + margin), slice(x, columns.stop + margin))
-        variance = self.softened(window, model_error)
-        residual, valid = self.residual[:, *window], self.valid[:, *window]
-        return detection_image(residual, variance, valid, self.detection_sigma), y, x
-
-    def softened(self, window: tuple[slice, slice], model_error: float) -> NDArray[np.float32]:
-        """Variance of the image, and of the models by their relative error, in a window (y, x)."""
-        variance = self.scene.variance[:, *window]
-        if model_error == 0:
-            return variance
-        models = self.scene.image[:, *window] - self.residual[:, *window]
-        return variance + (model_error * models) ** 2
+        weight = self.softened_weight(window, model_error)
+        return significance_map(self.residual[:, *window], weight, self.detection_sigma), y, x
 
     def softened_weight(self, window: tuple[slice, slice], model_error: float) -> NDArray[np.float32]:
-        """Inverse of the softened variance, 0 where pixels are not valid."""
-        return np.where(self.valid[:, *window], 1.0 / self.softened(window, model_error), 0.0)
+        """Inverse variance of the image and of the models by their relative error, 0 in invalid pixels."""
+        weight = self.weight[:, *window]
+        if model_error == 0:
+            return weight
+        models = self.image[:, *window] - self.residual[:, *window]
+        return weight / (1.0 + weight * (np.float32(model_error) * models) ** 2)
 
     def soften(self, rows: NDArray[np.int64]) -> None:
         """Bring the refinement's weights around sources up to date: the models have errors of their own."""
-        corner = self.rows.corner[rows]
-        for _, outer, _ in overlaps(corner[:, 0], corner[:, 1], self.size, self.scene.shape):
-            self.soft_weight[:, *outer] = self.softened_weight(outer, self.config.refinement_model_error)
+        error = self.config.refinement_model_error
+        for width, index in self.rows.stamps.by_width(rows):
+            y, x = np.ascontiguousarray(self.start(rows[index], width).T)
+            kernels.soften(self.soft_weight, self.weight, self.image, self.residual, y, x, width, error)
 
     def footprint(self, p: int, shape: tuple[int, int], y: int, x: int) -> NDArray[np.bool_]:
         """A parent's footprint on an array of some shape whose corner is at (y, x)."""

@@ -13,6 +13,7 @@ from scipy.spatial import cKDTree
 
 from ..ground.peaks import find_peaks
 from ._pruning import drop, weed
+from ._rows import Saved
 from ._state import State
 
 __all__ = ["try_peaks"]
@@ -22,7 +23,7 @@ class _Trial(NamedTuple):
     """New peaks of a parent."""
 
     parent: int
-    own: NDArray[np.int64]  # rows of its sources so far
+    saved: Saved  # its sources so far
     found: NDArray[np.float64]  # (K, 2), x and y
     weight: NDArray[np.float64]  # on the parent's window, softened by the errors of the models
     chi2: float  # before the trial, with these weights
@@ -41,47 +42,45 @@ def try_peaks(
     trials = _find(state, parents)
     if not trials:
         return []
-    r, before = state.rows, len(state.rows)
-    saved = r.save(np.concatenate([trial.own for trial in trials]))
+    r = state.rows
     peaks = np.concatenate([trial.found for trial in trials])
     parent = np.concatenate([np.full(len(trial.found), trial.parent) for trial in trials])
-    r.append(state.new_rows(peaks, parent, given=False, iteration=iteration))
-    fit(state, [trial.parent for trial in trials], np.arange(before, len(r)))
-    accepted, start, first = [], 0, before
-    for p, own, found, weight, chi2 in trials:
-        new = np.arange(first, first + len(found))
-        part = slice(start, start + len(own))
-        start, first = start + len(own), first + len(found)
-        r.alive[new[r.failed[new]]] = False
+    added = state.add(state.new_rows(peaks, parent, given=False, iteration=iteration))
+    fit(state, [trial.parent for trial in trials], added)
+    accepted, first = [], 0
+    for p, saved, found, weight, chi2 in trials:
+        new = added[first : first + len(found)]
+        first += len(found)
+        state.kill(new[r.failed[new]])
         weed(state, p, new, weight)
         kept = new[r.alive[new]]
         if len(kept) and chi2 - state.chi2(p, weight) > state.cost * len(kept):
             accepted.append(p)
         else:
-            r.alive[new] = False
-            # The exact state from before, but the residual only follows with the next subtraction.
-            r.restore(own, saved, part)
+            state.kill(kept)
+            state.put_back(saved)
         state.rejected[p].extend(r.peak[new[~r.alive[new]]])
-    if accepted:
-        state.subtract()
-        for p in accepted:
-            drop(state, p)
+    state.refresh()
+    for p in accepted:
+        drop(state, p)
     return accepted
 
 
 def _find(state: State, parents: list[int]) -> list[_Trial]:
-    """Find what is worth a trial, on a residual computed afresh."""
+    """Find what is worth a trial."""
     r = state.rows
-    state.subtract()
     live = np.flatnonzero(r.alive & r.active)
-    tree = cKDTree(np.concatenate([r.peak[live], r.centroids(live)]))
+    if not parents or not len(live):
+        return []
+    tree = cKDTree(np.concatenate([r.peak[live], r.centroid[live]]))
     trials = []
-    for p, own in zip(parents, state.members(parents), strict=True):
+    for p in parents:
+        own = state.members(p)
         found = _candidates(state, p, len(own), tree)
         if len(found):
             window, _ = state.windows[p]
             weight = state.softened_weight(window, state.config.model_error)
-            trials.append(_Trial(p, own, found, weight, state.chi2(p, weight)))
+            trials.append(_Trial(p, r.save(own), found, weight, state.chi2(p, weight)))
     return trials
 
 

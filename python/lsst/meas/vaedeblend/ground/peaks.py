@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-__all__ = ["detection_image", "detection_norm", "find_peaks"]
+__all__ = ["detection_image", "find_peaks", "significance_map"]
 
 # Width at which the Gaussian matched filter is cut off, in its standard deviations.
 _TRUNCATE = 4.0
@@ -22,48 +23,35 @@ def _sigmas(psf_sigma: ArrayLike, bands: int) -> NDArray[np.float64]:
     return sigma
 
 
-def detection_norm(variance: ArrayLike, valid: ArrayLike, psf_sigma: ArrayLike) -> NDArray[np.float32]:
-    """Compute the variance that the matched filter has, in all bands together.
-
-    It does not depend on the image, so that the search of one residual after another needs it only once.
-
-    Parameters
-    ----------
-    variance : array_like, (B, H, W)
-        Variance of the images, nJy^2.
-    valid : array_like, (B, H, W)
-        Whether a pixel may be used.
-    psf_sigma : array_like, (B,) or scalar
-        Standard deviation of the Gaussian that stands for the PSF, pixel.
-
-    Returns
-    -------
-    norm : `numpy.ndarray`, (H, W)
-        Sum over bands and pixels of squared PSF over variance, nJy^-2.
-
-    Raises
-    ------
-    ValueError
-        Raised if a ``psf_sigma`` is not positive.
-    """
-    variance, valid = np.asarray(variance), np.asarray(valid)
-    norm = np.zeros(variance.shape[1:], np.float32)
-    for var, good, sigma in zip(variance, valid, _sigmas(psf_sigma, len(variance)), strict=True):
-        if good.any():
-            weight = np.where(good, 1.0 / np.where(good, var, 1.0), 0.0).astype(np.float32)
-            # The square of a Gaussian is one of width sigma / sqrt(2) and sum 1 / (4 pi sigma^2).
-            squared = ndimage.gaussian_filter(weight, sigma / np.sqrt(2), mode="constant", truncate=_TRUNCATE)
-            norm += squared / np.float32(4.0 * np.pi * sigma**2)
-    return norm
+@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, nogil=True)
+def _smooth(image, kernel):
+    """Correlate an image (H, W) with a symmetric kernel (2 R + 1,) along both axes, 0 beyond the border."""
+    height, width = image.shape
+    reach = len(kernel) // 2
+    along = np.zeros((height, width), np.float32)
+    out = np.zeros((height, width), np.float32)
+    for y in range(height):
+        for j in range(-reach, reach + 1):
+            if 0 <= y + j < height:
+                factor = kernel[j + reach]
+                for x in range(width):
+                    along[y, x] += factor * image[y + j, x]
+    for y in range(height):
+        for i in range(-reach, reach + 1):
+            factor = kernel[i + reach]
+            for x in range(max(0, -i), min(width, width - i)):
+                out[y, x] += factor * along[y, x + i]
+    return out
 
 
-def detection_image(
-    image: ArrayLike,
-    variance: ArrayLike,
-    valid: ArrayLike,
-    psf_sigma: ArrayLike,
-    norm: NDArray[np.float32] | None = None,
-) -> NDArray[np.float32]:
+def _gaussian(sigma: float) -> NDArray[np.float32]:
+    """A Gaussian of sum 1, cut off at `_TRUNCATE` standard deviations."""
+    reach = int(_TRUNCATE * sigma + 0.5)
+    line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    return (line / line.sum()).astype(np.float32)
+
+
+def significance_map(image: ArrayLike, weight: ArrayLike, psf_sigma: ArrayLike) -> NDArray[np.float32]:
     """Compute the significance of a point source at every pixel, from all bands.
 
     The matched filter of a point source with the same flux in every band and Gaussian PSFs: the sum over
@@ -74,14 +62,10 @@ def detection_image(
     ----------
     image : array_like, (B, H, W)
         Images or residuals, nJy.
-    variance : array_like, (B, H, W)
-        Their variances, nJy^2.
-    valid : array_like, (B, H, W)
-        Whether a pixel may be used.
+    weight : array_like, (B, H, W)
+        Their inverse variances, nJy^-2; 0 where a pixel may not be used.
     psf_sigma : array_like, (B,) or scalar
         Standard deviation of the Gaussian that stands for the PSF, pixel.
-    norm : `numpy.ndarray`, (H, W), optional
-        What `detection_norm` gave for this variance.
 
     Returns
     -------
@@ -93,17 +77,47 @@ def detection_image(
     ValueError
         Raised if a ``psf_sigma`` is not positive.
     """
-    image, variance, valid = np.asarray(image), np.asarray(variance), np.asarray(valid)
-    if norm is None:
-        norm = detection_norm(variance, valid, psf_sigma)
-    total = np.zeros(image.shape[1:], np.float32)
-    for im, var, good, sigma in zip(image, variance, valid, _sigmas(psf_sigma, len(image)), strict=True):
-        if good.any():
-            weighted = np.where(good, im / np.where(good, var, 1.0), 0.0).astype(np.float32)
-            total += ndimage.gaussian_filter(weighted, sigma, mode="constant", truncate=_TRUNCATE)
+    image, weight = np.asarray(image, np.float32), np.asarray(weight, np.float32)
+    total, norm = np.zeros((2, *image.shape[1:]), np.float32)
+    for im, w, sigma in zip(image, weight, _sigmas(psf_sigma, len(image)), strict=True):
+        if w.any():
+            weighted = np.where(w > 0, im, np.float32(0.0)) * w
+            total += _smooth(weighted, _gaussian(sigma))
+            # The square of a Gaussian is one of width sigma / sqrt(2) and sum 1 / (4 pi sigma^2).
+            norm += _smooth(w, _gaussian(sigma / np.sqrt(2))) / np.float32(4.0 * np.pi * sigma**2)
     # Where the filter sees only its own far wings there is nothing to detect on.
     seen = norm > 1e-3 * norm.max(initial=0.0)
     return np.divide(total, np.sqrt(norm), out=np.zeros_like(total), where=seen & (norm > 0))
+
+
+def detection_image(
+    image: ArrayLike, variance: ArrayLike, valid: ArrayLike, psf_sigma: ArrayLike
+) -> NDArray[np.float32]:
+    """Compute the significance of a point source at every pixel, given variances.
+
+    Parameters
+    ----------
+    image : array_like, (B, H, W)
+        Images, nJy.
+    variance : array_like, (B, H, W)
+        Their variances, nJy^2.
+    valid : array_like, (B, H, W)
+        Whether a pixel may be used.
+    psf_sigma : array_like, (B,) or scalar
+        Standard deviation of the Gaussian that stands for the PSF, pixel.
+
+    Returns
+    -------
+    significance : `numpy.ndarray`, (H, W)
+        See `significance_map`.
+
+    Raises
+    ------
+    ValueError
+        Raised if a ``psf_sigma`` is not positive.
+    """
+    variance, valid = np.asarray(variance), np.asarray(valid, bool)
+    return significance_map(image, np.where(valid, 1.0 / np.where(valid, variance, 1.0), 0.0), psf_sigma)
 
 
 def find_peaks(

@@ -28,25 +28,37 @@ From the bottom to the top, each module importing only from those above it in th
 ``_session``
     A file in a session of onnxruntime.
 ``_networks``
-    Deblender, decoder and Jacobian.
+    Deblender, decoder, and the graphs that latents are fitted with.
 """
 
 from __future__ import annotations
 
 from ._files import read_metadata, read_model, resolve, shipped_networks
 from ._metadata import CONTRACT_VERSION, NetworkError, NetworkMetadata
-from ._networks import Decoder, Jacobian, Network, NetworkOutput, load_network
+from ._networks import (
+    Decoder,
+    Linearisation,
+    Linearise,
+    Mixture,
+    Network,
+    NetworkOutput,
+    Render,
+    load_network,
+)
 from ._onnx import METADATA_KEY, embed_metadata, graph_sha256
 
 __all__ = [
     "CONTRACT_VERSION",
     "METADATA_KEY",
     "Decoder",
-    "Jacobian",
+    "Linearisation",
+    "Linearise",
+    "Mixture",
     "Network",
     "NetworkError",
     "NetworkMetadata",
     "NetworkOutput",
+    "Render",
     "embed_metadata",
     "graph_sha256",
     "load_network",

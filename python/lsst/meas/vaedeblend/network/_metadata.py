@@ -14,7 +14,7 @@ __all__ = ["CONTRACT_VERSION", "KINDS", "NetworkError", "NetworkMetadata"]
 CONTRACT_VERSION = 1
 """Version of the contract between artefact and runtime."""
 
-KINDS = ("deblender", "decoder", "jacobian")
+KINDS = ("deblender", "decoder", "render", "linearise")
 """Kinds of artefacts; those after the first accompany it, under its name with the kind behind it."""
 
 
@@ -31,7 +31,7 @@ class NetworkMetadata:
     name : `str`
         Name of the network; a decoder bears the name of its deblender.
     kind : `str`
-        "deblender", "decoder" or "jacobian".
+        One of `KINDS`.
     bands : `tuple` [`str`]
         Bands in the order of the arrays.
     pixel_scale : `float`

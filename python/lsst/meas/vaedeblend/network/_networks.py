@@ -8,6 +8,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +17,16 @@ from ._files import resolve
 from ._metadata import NetworkError
 from ._session import Artefact
 
-__all__ = ["Decoder", "Jacobian", "Network", "NetworkOutput", "load_network"]
+__all__ = [
+    "Decoder",
+    "Linearisation",
+    "Linearise",
+    "Mixture",
+    "Network",
+    "NetworkOutput",
+    "Render",
+    "load_network",
+]
 
 PIXEL_SCALE_TOLERANCE = 0.01
 """Relative difference up to which two pixel scales count as the same."""
@@ -88,11 +98,32 @@ class Decoder(Artefact):
             raise ValueError(
                 f"latent should have shape (N, {self.metadata.latent_size}), not {latent.shape}."
             )
-        return self._run(["model"], {"latent": latent}, len(latent), batch_size)[0]
+        if not len(latent):
+            m = self.metadata
+            return np.zeros((0, len(m.bands), m.cutout_size, m.cutout_size), np.float32)
+        return self.run(["model"], {"latent": latent}, {}, batch_size)[0]
 
 
-class Jacobian(Artefact):
-    """Derivatives of the decoder with respect to the latents.
+class Mixture(NamedTuple):
+    """The Gaussians that sources are made of.
+
+    Attributes
+    ----------
+    weight : `numpy.ndarray`, (N, B, G)
+        Their fluxes, nJy.
+    position : `numpy.ndarray`, (N, G, 2)
+        Their centres (x, y) from the target's pixel, pixel.
+    covariance : `numpy.ndarray`, (N, G, 3)
+        Their second moments xx, xy, yy, without PSF and pixel, pixel^2.
+    """
+
+    weight: NDArray[np.float32]
+    position: NDArray[np.float32]
+    covariance: NDArray[np.float32]
+
+
+class Render(Artefact):
+    """The decoder of a network that draws Gaussians, for squares of any width and any PSF.
 
     Parameters
     ----------
@@ -104,47 +135,157 @@ class Jacobian(Artefact):
     Raises
     ------
     NetworkError
-        Raised if the file is not a sound Jacobian.
+        Raised if the file is not a sound renderer.
     """
 
-    kind = "jacobian"
+    kind = "render"
 
     def images(
-        self, latent: ArrayLike, psf_moments: ArrayLike, width: int, batch_size: int = 1
-    ) -> NDArray[np.float32]:
-        """Differentiate observed images, seen through the Gaussian with the PSF's moments.
+        self, latent: NDArray, cell: NDArray, common: dict[str, Any], batch_size: int
+    ) -> tuple[NDArray[np.float32], Mixture]:
+        """Draw sources as a coadd shows them.
 
         Parameters
         ----------
-        latent : array_like, (N, L)
+        latent : `numpy.ndarray`, (N, L)
             Latent vectors.
-        psf_moments : array_like, (N, B, 3)
-            Ixx, Iyy, Ixy of the PSF, pixel^2.
-        width : `int`
-            Width W of the square of pixels about the target's pixel, which has index W // 2 in it.
-        batch_size : `int`, optional
-            Latents that go through the graph at once; one by one stays in the processor's cache.
+        cell : `numpy.ndarray`, (N,)
+            Which of the kernels to use.
+        common : `dict`
+            Kernels, pixels and Fourier transforms; `lsst.meas.vaedeblend.inference.Grid` makes them.
+        batch_size : `int`
+            Sources that go through the graph at once.
 
         Returns
         -------
-        jacobian : `numpy.ndarray`, (N, B, L, W, W)
-            Derivatives, nJy.
-
-        Raises
-        ------
-        NetworkError
-            Raised if onnxruntime fails.
+        image : `numpy.ndarray`, (N, B, W, W)
+            Observed images of unit flux.
+        mixture : `Mixture`
+            The Gaussians that they are made of.
         """
-        feeds = self._feeds(latent, psf_moments, width)
-        return self._run(["image_jacobian"], feeds, len(feeds["latent"]), batch_size)[0]
+        rows = {"latent": latent.astype(np.float32, copy=False), "cell": cell.astype(np.int64, copy=False)}
+        image, *mixture = self.run(["image", "weight", "position", "covariance"], rows, common, batch_size)
+        return image, Mixture(*mixture)
 
-    def parameters(self, latent: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def mixture(self, latent: NDArray, common: dict[str, Any], batch_size: int = 256) -> Mixture:
+        """Give the Gaussians of sources.
+
+        Parameters
+        ----------
+        latent : `numpy.ndarray`, (N, L)
+            Latent vectors.
+        common : `dict`
+            See `images`; no pixel is drawn.
+        batch_size : `int`, optional
+            Sources that go through the graph at once.
+
+        Returns
+        -------
+        mixture : `Mixture`
+            The Gaussians.
+        """
+        rows = {"latent": latent.astype(np.float32, copy=False), "cell": np.zeros(len(latent), np.int64)}
+        return Mixture(*self.run(["weight", "position", "covariance"], rows, common, batch_size))
+
+
+class Linearisation(NamedTuple):
+    """What the linearised models of sources say.
+
+    Attributes
+    ----------
+    gradient : `numpy.ndarray`, (N, L)
+        Sum over bands and pixels of the derivatives of a source times residual over variance.
+    block : `numpy.ndarray`, (N, L, L)
+        J^T W J with the derivatives J and the inverse variances W.
+    tangent : `numpy.ndarray`, (N, B, L, V, V)
+        J times the root of W, on coarse pixels.
+    """
+
+    gradient: NDArray[np.float32]
+    block: NDArray[np.float32]
+    tangent: NDArray[np.float32]
+
+
+class Linearise(Artefact):
+    """Derivatives of chi-square with respect to the latents.
+
+    Parameters
+    ----------
+    path : `pathlib.Path`
+        The file.
+    providers, require, threads
+        See `Network.load`.
+
+    Raises
+    ------
+    NetworkError
+        Raised if the file is not sound.
+    """
+
+    kind = "linearise"
+
+    def models(
+        self,
+        latent: NDArray,
+        cell: NDArray,
+        psf_moments: NDArray,
+        weighted: NDArray,
+        weight: NDArray,
+        u: NDArray,
+        v: NDArray,
+        common: dict[str, Any],
+        batch_size: int,
+    ) -> Linearisation:
+        """Linearise sources.
+
+        Parameters
+        ----------
+        latent : `numpy.ndarray`, (N, L)
+            Latent vectors.
+        cell : `numpy.ndarray`, (N,)
+            Which of the kernels to use.
+        psf_moments : `numpy.ndarray`, (N, B, 3)
+            Ixx, Iyy, Ixy of the PSF, pixel^2; it stands for the PSF in J, not in the gradient.
+        weighted : `numpy.ndarray`, (N, B, W, W)
+            Residual over variance, nJy^-1.
+        weight : `numpy.ndarray`, (N, B, V, V)
+            Inverse variances, nJy^-2, summed over coarse pixels.
+        u, v : `numpy.ndarray`, (N, V)
+            Columns and rows of the middles of the coarse pixels, from the target's pixel.
+        common : `dict`
+            Kernels, pixels and Fourier transforms; `lsst.meas.vaedeblend.inference.Grid` makes them.
+        batch_size : `int`
+            Sources that go through the graph at once.
+
+        Returns
+        -------
+        linearisation : `Linearisation`
+            Gradients and Gauss-Newton matrices.
+        """
+        rows = {
+            "latent": latent.astype(np.float32, copy=False),
+            "cell": cell.astype(np.int64, copy=False),
+            "psf_moments": psf_moments.astype(np.float32, copy=False),
+            "weighted": weighted,
+            "weight": weight,
+            "u": u.astype(np.float32, copy=False),
+            "v": v.astype(np.float32, copy=False),
+        }
+        return Linearisation(*self.run(["gradient", "block", "tangent"], rows, common, batch_size))
+
+    def parameters(
+        self, latent: NDArray, common: dict[str, Any], batch_size: int = 256
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Give what a catalogue wants to know of the models, and its derivatives.
 
         Parameters
         ----------
-        latent : array_like, (N, L)
+        latent : `numpy.ndarray`, (N, L)
             Latent vectors.
+        common : `dict`
+            See `models`; no pixel is drawn.
+        batch_size : `int`, optional
+            Sources that go through the graph at once.
 
         Returns
         -------
@@ -153,26 +294,19 @@ class Jacobian(Artefact):
             moments Ixx, Iyy, Ixy, pixel^2.
         jacobian : `numpy.ndarray`, (N, B, 6, L)
             Derivatives.
-
-        Raises
-        ------
-        NetworkError
-            Raised if onnxruntime fails.
         """
-        latent = np.asarray(latent, np.float32)
-        moments = np.tile(np.float32([1, 1, 0]), (len(latent), len(self.metadata.bands), 1))
-        feeds = self._feeds(latent, moments, 1)
-        values, jacobian = self._run(["parameters", "parameter_jacobian"], feeds, len(latent), 128)
-        return values, jacobian
-
-    def _feeds(self, latent: ArrayLike, psf_moments: ArrayLike, width: int) -> dict[str, NDArray]:
-        line = np.arange(width, dtype=np.float32) - width // 2
-        return {
-            "latent": np.ascontiguousarray(latent, np.float32),
-            "psf_moments": np.ascontiguousarray(psf_moments, np.float32),
-            "x": line,
-            "y": line,
+        n, b = len(latent), len(self.metadata.bands)
+        rows = {
+            "latent": latent.astype(np.float32, copy=False),
+            "cell": np.zeros(n, np.int64),
+            "psf_moments": np.tile(np.float32([1, 1, 0]), (n, b, 1)),
+            "weighted": np.zeros((n, b, 1, 1), np.float32),
+            "weight": np.zeros((n, b, 1, 1), np.float32),
+            "u": np.zeros((n, 1), np.float32),
+            "v": np.zeros((n, 1), np.float32),
         }
+        values, jacobian = self.run(["parameters", "parameter_jacobian"], rows, common, batch_size)
+        return values, jacobian
 
 
 class Network(Artefact):
@@ -192,7 +326,8 @@ class Network(Artefact):
 
     kind = "deblender"
     _decoder: Decoder | None = None
-    _jacobian: Jacobian | None = None
+    _render: Render | None = None
+    _linearise: Linearise | None = None
 
     @classmethod
     def load(
@@ -281,11 +416,23 @@ class Network(Artefact):
         return self._decoder
 
     @property
-    def jacobian(self) -> Jacobian | None:
-        """The decoder's derivatives, from ``<stem>_jacobian.onnx`` beside the network; `None` without one."""
-        if self._jacobian is None and self._companion("jacobian").is_file():
-            self._jacobian = self._checked(Jacobian(self._companion("jacobian"), *self._arguments))
-        return self._jacobian
+    def can_fit(self) -> bool:
+        """Whether latents can be fitted to pixels: both graphs for it lie beside the network (`bool`)."""
+        return all(self._companion(kind).is_file() for kind in ("render", "linearise"))
+
+    @property
+    def render(self) -> Render:
+        """The decoder for any PSF, from ``<stem>_render.onnx`` beside the network (`Render`)."""
+        if self._render is None:
+            self._render = self._checked(Render(self._companion("render"), *self._arguments))
+        return self._render
+
+    @property
+    def linearise(self) -> Linearise:
+        """The decoder's derivatives, from ``<stem>_linearise.onnx`` beside the network (`Linearise`)."""
+        if self._linearise is None:
+            self._linearise = self._checked(Linearise(self._companion("linearise"), *self._arguments))
+        return self._linearise
 
     def _companion(self, kind: str) -> Path:
         return self.path.with_name(f"{self.path.stem}_{kind}.onnx")
@@ -298,6 +445,42 @@ class Network(Artefact):
                     f"{companion.path}: its {key} is {other!r}, that of {self.path} is {mine!r}."
                 )
         return companion
+
+    def encode(
+        self,
+        image: ArrayLike,
+        valid: ArrayLike,
+        noise: ArrayLike,
+        psf_moments: ArrayLike,
+        batch_size: int = 128,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        """Find the latents of the centred objects, without drawing them.
+
+        Parameters
+        ----------
+        image, valid, noise, psf_moments, batch_size
+            See `deblend`.
+
+        Returns
+        -------
+        latent_mean, latent_sigma : `numpy.ndarray`, (N, L)
+            The approximate posterior, float32.
+        finite : `numpy.ndarray`, (N,)
+            See `NetworkOutput`.
+
+        Raises
+        ------
+        ValueError
+            Raised if an array has the wrong shape.
+        NetworkError
+            Raised if onnxruntime fails.
+        """
+        feeds = self._feeds(image, valid, noise, psf_moments, None)
+        mean, sigma = self._answers(["latent_mean", "latent_sigma"], feeds, batch_size)
+        finite = _sound(mean, sigma)
+        for array in (mean, sigma):
+            array[~finite] = 0.0
+        return mean, sigma, finite
 
     def deblend(
         self,
@@ -337,6 +520,24 @@ class Network(Artefact):
         NetworkError
             Raised if onnxruntime fails.
         """
+        feeds = self._feeds(image, valid, noise, psf_moments, epsilon)
+        model, mean, sigma = self._answers(["model", "latent_mean", "latent_sigma"], feeds, batch_size)
+        finite = _sound(mean, sigma)
+        # A sum is not finite if any of its terms is not; it may overflow too, and then the model is no use.
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite &= np.isfinite(model.sum(axis=(1, 2, 3)))
+        for array in (model, mean, sigma):
+            array[~finite] = 0.0
+        return NetworkOutput(model, mean, sigma, finite)
+
+    def _feeds(
+        self,
+        image: ArrayLike,
+        valid: ArrayLike,
+        noise: ArrayLike,
+        psf_moments: ArrayLike,
+        epsilon: ArrayLike | None,
+    ) -> dict[str, NDArray]:
         m = self.metadata
         b, s = len(m.bands), m.cutout_size
         n = len(np.asarray(image))
@@ -353,16 +554,24 @@ class Network(Artefact):
             array = np.ascontiguousarray(array, dtype=np.float32)
             if array.shape != shape:
                 raise ValueError(f"{name} should have shape {shape}, not {array.shape}.")
-            if name in self._inputs:
-                feeds[name] = array
-        model, mean, sigma = self._run(["model", "latent_mean", "latent_sigma"], feeds, n, batch_size)
-        finite = np.isfinite(mean).all(axis=1) & (np.isfinite(sigma) & (sigma >= 0)).all(axis=1)
-        # A sum is not finite if any of its terms is not; it may overflow too, and then the model is no use.
-        with np.errstate(over="ignore", invalid="ignore"):
-            finite &= np.isfinite(model.sum(axis=(1, 2, 3)))
-        for array in (model, mean, sigma):
-            array[~finite] = 0.0
-        return NetworkOutput(model, mean, sigma, finite)
+            feeds[name] = array
+        return feeds
+
+    def _answers(
+        self, outputs: Sequence[str], feeds: dict[str, NDArray], batch_size: int
+    ) -> list[NDArray[np.float32]]:
+        """Run the graph; arrays are the caller's own."""
+        if len(feeds["image"]):
+            # What onnxruntime hands over may not be written to.
+            return [np.require(a, requirements="W") for a in self.run(outputs, feeds, {}, batch_size)]
+        m = self.metadata
+        shapes = {"model": (len(m.bands), m.cutout_size, m.cutout_size)}
+        return [np.zeros((0, *shapes.get(name, (m.latent_size,))), np.float32) for name in outputs]
+
+
+def _sound(mean: NDArray, sigma: NDArray) -> NDArray[np.bool_]:
+    """Which posteriors are finite, with widths that are not negative, (N,)."""
+    return np.isfinite(mean).all(axis=1) & (np.isfinite(sigma) & (sigma >= 0)).all(axis=1)
 
 
 _CACHE: dict[tuple, Network] = {}

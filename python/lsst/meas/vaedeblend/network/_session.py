@@ -40,6 +40,9 @@ def _session(model: bytes, source: str, providers: Sequence[str], require: bool,
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
+    # Numbers too small for full precision cost a processor a hundred times the others. The first session of a
+    # process decides for all threads; graphs bound their exponents, so that nothing depends on it.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
         session = onnxruntime.InferenceSession(model, sess_options=options, providers=wanted)
     except Exception as err:  # onnxruntime raises many unrelated types
@@ -55,12 +58,22 @@ def _session(model: bytes, source: str, providers: Sequence[str], require: bool,
     return session
 
 
+def _run_options() -> Any:
+    """Options under which a graph computes only what was asked for."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.only_execute_path_to_fetches = True
+    return options
+
+
 def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tuple[str, ...]:
     """Check names, types and shapes of a session's inputs and outputs; return the names of the inputs."""
     b, s, length = len(metadata.bands), metadata.cutout_size, metadata.latent_size
-    # Shapes after the first axis, which is free; None stands for further free axes.
-    known: dict[str, tuple[int | None, ...]]
+    # Shapes after the first axis, which is free; None stands for further free axes, and for any shape at all.
+    known: dict[str, tuple[int | None, ...] | None]
     outputs: dict[str, tuple[int | None, ...]]
+    square = (b, None, None)
     if metadata.kind == "deblender":
         known = {
             "image": (b, s, s),
@@ -69,7 +82,7 @@ def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tupl
             "psf_moments": (b, 3),
             "epsilon": (length,),
         }
-        required = ("image",)
+        required: tuple[str, ...] = ("image",)
         outputs = {
             "model": (b, s, s),
             "latent_mean": (length,),
@@ -80,13 +93,21 @@ def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tupl
         required = ("latent",)
         outputs = {"model": (b, s, s)}
     else:
-        known = {"latent": (length,), "psf_moments": (b, 3), "x": (), "y": ()}
+        # Cells, pixels and Fourier transforms are free in all their axes.
+        known = {"latent": (length,), "kernels": None, "cell": (), "x": (), "y": ()}
+        known |= dict.fromkeys(("columns", "rows", "back_rows", "back_columns"))
+        outputs = {"image": square, "weight": (b, None), "position": (None, 2)}
+        outputs |= {"covariance": (None, 3)}
+        if metadata.kind == "linearise":
+            known |= {"weighted": square, "weight": square, "psf_moments": (b, 3), "u": (None,), "v": (None,)}
+            outputs = {
+                "gradient": (length,),
+                "block": (length, length),
+                "tangent": (b, length, None, None),
+                "parameters": (b, 6),
+                "parameter_jacobian": (b, 6, length),
+            }
         required = tuple(known)
-        outputs = {
-            "image_jacobian": (b, length, None, None),
-            "parameters": (b, 6),
-            "parameter_jacobian": (b, 6, length),
-        }
     declared = {tensor.name: tensor for tensor in session.get_inputs()}
     found = {tensor.name: tensor for tensor in session.get_outputs()}
     unknown = sorted(set(declared) - set(known))
@@ -103,15 +124,18 @@ def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tupl
     pairs = [(declared[name], known[name]) for name in declared]
     pairs += [(found[name], shape) for name, shape in outputs.items()]
     for tensor, shape in pairs:
-        if tensor.type != "tensor(float)":
-            raise NetworkError(
-                f"{source}: {tensor.name} should be tensor(float), the graph has {tensor.type}."
-            )
+        kind = "tensor(int64)" if tensor.name == "cell" else "tensor(float)"
+        if tensor.type != kind:
+            raise NetworkError(f"{source}: {tensor.name} should be {kind}, the graph has {tensor.type}.")
+        if shape is None:
+            continue
         dims = tensor.shape
         # A dimension without a number is free.
         expected = (None, *shape)
         same = len(dims) == len(expected)
-        same = same and all(d == e for d, e in zip(dims, expected, strict=True) if isinstance(d, int))
+        same = same and all(
+            d == e for d, e in zip(dims, expected, strict=True) if isinstance(d, int) and e is not None
+        )
         if not same:
             raise NetworkError(
                 f"{source}: {tensor.name} should have shape {['N', *shape]} by the metadata, "
@@ -142,39 +166,82 @@ class Artefact:
         self._session = _session(data, source, providers, require, threads)
         self._inputs = _check_tensors(self._session, self.metadata, source)
         self.provider: str = self._session.get_providers()[0]
+        self._options = _run_options()
         _LOG.info("%s %s runs on %s.", self.kind.capitalize(), self.metadata.name, self.provider)
 
-    def _run(
-        self, outputs: Sequence[str], feeds: dict[str, NDArray], n: int, batch_size: int
+    def hold(self, array: NDArray) -> Any:
+        """Put an array where the session computes, to be fed again and again.
+
+        Parameters
+        ----------
+        array : `numpy.ndarray`
+            On the CPU it is not copied, and must not change.
+
+        Returns
+        -------
+        value : `onnxruntime.OrtValue`
+            What `run` takes in place of an array.
+        """
+        import onnxruntime
+
+        device = "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+
+    def run(
+        self, outputs: Sequence[str], rows: dict[str, NDArray], common: dict[str, Any], batch_size: int
     ) -> list[NDArray]:
-        """Run in batches of bounded size; a failure inside onnxruntime is a `NetworkError`."""
+        """Run the graph in batches.
+
+        Parameters
+        ----------
+        outputs : `~collections.abc.Sequence` [`str`]
+            Names of the outputs wanted; nothing is computed for others.
+        rows : `dict` [`str`, `numpy.ndarray`]
+            Inputs with one row for each source; inputs that the graph does not have are passed over.
+        common : `dict` [`str`, `numpy.ndarray` or `onnxruntime.OrtValue`]
+            Inputs that all sources share.
+        batch_size : `int`
+            Rows that go through the graph at once.
+
+        Returns
+        -------
+        results : `list` [`numpy.ndarray`]
+            The outputs, all rows of them, float32.
+
+        Raises
+        ------
+        ValueError
+            Raised if the batch size is not positive, or there is no row.
+        NetworkError
+            Raised if onnxruntime fails.
+        """
         if batch_size < 1:
             raise ValueError(f"The batch size must be positive, not {batch_size}.")
-        m = self.metadata
-        b, pixels = len(m.bands), tuple(len(feeds[k]) for k in ("y", "x") if k in feeds)
-        shapes = {
-            "model": (b, m.cutout_size, m.cutout_size),
-            "latent_mean": (m.latent_size,),
-            "latent_sigma": (m.latent_size,),
-            "image_jacobian": (b, m.latent_size, *pixels),
-            "parameters": (b, 6),
-            "parameter_jacobian": (b, 6, m.latent_size),
-        }
-        results = [np.empty((n, *shapes[name]), np.float32) for name in outputs]
+        rows = {k: np.ascontiguousarray(v) for k, v in rows.items() if k in self._inputs}
+        held = {k: self.hold(v) if isinstance(v, np.ndarray) else v for k, v in common.items()}
+        held = {k: v for k, v in held.items() if k in self._inputs}
+        n = len(next(iter(rows.values())))
+        if n == 0:
+            raise ValueError("There are no rows to run the graph on.")
+        results: list[NDArray] = []
         for start in range(0, n, batch_size):
-            stop = min(start + batch_size, n)
+            part = slice(start, min(start + batch_size, n))
             try:
-                # The coordinates of pixels are common to all rows.
-                part = {k: v if k in ("x", "y") else v[start:stop] for k, v in feeds.items()}
-                parts = self._session.run(list(outputs), part)
+                feeds = held | {k: self.hold(v[part]) for k, v in rows.items()}
+                values = self._session.run_with_ort_values(list(outputs), feeds, self._options)
             except Exception as err:  # onnxruntime raises many unrelated types
                 raise NetworkError(
-                    f"{self.path}: onnxruntime failed on {stop - start} cutouts: {err}"
+                    f"{self.path}: onnxruntime failed on {part.stop - part.start} sources: {err}"
                 ) from err
-            for name, result, part in zip(outputs, results, parts, strict=True):
-                if part.shape != result[start:stop].shape:
+            parts = [value.numpy() for value in values]
+            if not results and part.stop == n:
+                return parts
+            if not results:
+                results = [np.empty((n, *array.shape[1:]), array.dtype) for array in parts]
+            for name, result, array in zip(outputs, results, parts, strict=True):
+                if array.shape != result[part].shape:
                     raise NetworkError(
-                        f"{self.path}: {name} should have shape {result[start:stop].shape}, got {part.shape}."
+                        f"{self.path}: {name} should have shape {result[part].shape}, got {array.shape}."
                     )
-                result[start:stop] = part
+                result[part] = array
         return results

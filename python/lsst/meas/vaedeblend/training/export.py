@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["export_network", "figures_of_merit", "write_card"]
+__all__ = ["export_network", "figures_of_merit", "fit_graphs", "write_card", "write_fit_graphs"]
 
 import contextlib
 import dataclasses
@@ -18,20 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..ground.bands import reference_band
 from ..ground.psf import gaussian_psf
 from ..ground.statistics import nmad
-from ..network import Network, NetworkMetadata, embed_metadata
+from ..network import Network, NetworkMetadata, embed_metadata, read_metadata
 from ..simulation.blends import psf_stamp
 from ..simulation.config import TrainingConfig, training_length
 from ..simulation.galaxies import MODEL_SIGMA
 from ..simulation.ksb import ksb_shape
 from ..simulation.scenes import Cutouts, squared_snr
 from ..simulation.surveys import SurveyInfo
-from .derivatives import DecoderJacobian
+from .derivatives import MixtureTangents
 from .fit import SceneData, VaeModule
-from .networks import Deblender
+from .fitting import Linearise, Render
+from .networks import Deblender, Decoder, build_networks
 from .weights import halve_weights, load_weights, round_weights
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.training")
@@ -41,6 +43,10 @@ MAX_RELATIVE_DIFFERENCE = 1e-4
 
 Cards tell what was found.
 """
+
+
+_COMMON = {"kernels", "x", "y", "columns", "rows", "back_rows", "back_columns"}
+"""Inputs of the graphs for fitting that all sources share."""
 
 
 def _config_text(config: TrainingConfig) -> str:
@@ -65,10 +71,17 @@ def _git_commit() -> str:
 
 
 def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs: list[str]) -> bytes:
-    """Serialize a module with a free batch size, and free numbers of pixels where it takes any."""
-    names = {"x": "W", "y": "H"}
-    free = {name: torch.export.Dim(name, min=1, max=65536) for name in ("N", *names.values())}
-    shapes: tuple = tuple({0: free[names.get(name, "N")]} for name in inputs)
+    """Serialize a module with a free batch size, and whatever else is free in the graphs that latents are fitted
+    with: numbers of pixels, cells and frequencies."""
+    shapes: tuple
+    if isinstance(module, Render | Linearise):
+        free = torch.export.Dim.AUTO
+        fixed = {"latent": {0: free}}
+        pairs = zip(inputs, example, strict=True)
+        shapes = tuple(fixed.get(name, dict.fromkeys(range(a.ndim), free)) for name, a in pairs)
+    else:
+        batch = torch.export.Dim("N", min=1, max=65536)
+        shapes = tuple({0: batch} for _ in inputs)
     # A deblender takes its inputs as one variable argument.
     if isinstance(module, Deblender):
         shapes = (shapes,)
@@ -88,6 +101,87 @@ def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs
             verbose=False,
         )
     return _without_traces(program.model_proto).SerializeToString()
+
+
+def fit_graphs(decoder: Decoder) -> dict[str, bytes]:
+    """Serialize the graphs that latents are fitted with.
+
+    Parameters
+    ----------
+    decoder : `lsst.meas.vaedeblend.training.networks.Decoder`
+        A decoder that draws Gaussians.
+
+    Returns
+    -------
+    graphs : `dict` [`str`, `bytes`]
+        By kind, without metadata.
+    """
+    example = _fit_example(decoder, torch.randn(3, decoder.skip.in_features))
+    graphs = {}
+    for kind, module in _fit_modules(decoder).items():
+        arguments = tuple(example[name] for name in module.inputs)
+        with torch.no_grad():
+            graphs[kind] = _to_onnx(module.eval(), arguments, list(module.inputs), list(module.outputs))
+    return graphs
+
+
+def _fit_modules(decoder: Decoder) -> dict[str, Render | Linearise]:
+    return {"render": Render(decoder), "linearise": Linearise(MixtureTangents(decoder))}
+
+
+def _fit_example(decoder: Decoder, latent: Tensor) -> dict[str, Tensor]:
+    """Inputs of both graphs by name, for some latents (N, L): random images and kernels of two cells."""
+    n, b, width, size, coarse = len(latent), decoder.bands, 12, 20, 6
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    k = size // 2 + 1
+    line = torch.arange(float(width)) - width // 2
+    middles = (2.0 * torch.arange(float(coarse)) - width // 2 + 0.5).expand(n, -1).contiguous()
+    return {
+        "latent": latent,
+        "kernels": random(2, 2, b, size, k),
+        "cell": torch.arange(n) % 2,
+        "x": line,
+        "y": line,
+        "columns": random(width, 2 * k),
+        "rows": random(2 * size, 2 * width),
+        "back_rows": random(2 * width, 2 * size),
+        "back_columns": random(2 * k, width),
+        "weighted": random(n, b, width, width),
+        "weight": random(n, b, coarse, coarse),
+        "psf_moments": torch.tensor([2.0, 2.5, 0.1]).expand(n, b, 3).contiguous(),
+        "u": middles,
+        "v": middles.clone(),
+    }
+
+
+def write_fit_graphs(network: str | os.PathLike, config: TrainingConfig, out: str | os.PathLike) -> None:
+    """Write anew the graphs that the latents of a network are fitted with, from the weights in its file.
+
+    Parameters
+    ----------
+    network : `str` or path-like
+        Name of a network that ships, or the path of its file.
+    config : `TrainingConfig`
+        The configuration that it was made with.
+    out : path
+        Directory of the files NAME_render.onnx and NAME_linearise.onnx.
+
+    Raises
+    ------
+    NetworkError
+        If there is no such network.
+    """
+    metadata = read_metadata(network)
+    _, decoder = build_networks(len(config.bands), config.scene.cutout_size, config.network)
+    weights = {k.removeprefix("decoder."): v for k, v in load_weights(network).items() if k.startswith("decoder.")}
+    decoder.load_state_dict({k: weights[k] for k in decoder.state_dict()})
+    for kind, graph in fit_graphs(decoder.eval()).items():
+        own = dataclasses.replace(metadata, kind=kind)
+        (Path(out) / f"{metadata.name}_{kind}.onnx").write_bytes(embed_metadata(graph, own))
 
 
 def _without_traces(model):
@@ -131,13 +225,16 @@ def _check_agreement(
             (expected[2], found.latent_sigma),
             (drawn, network.decoder.render(expected[1].numpy())),
         ]
-        if network.jacobian is not None:
-            line = torch.arange(9.0) - 4
-            with torch.no_grad():
-                images, _, slopes = DecoderJacobian(decoder)(expected[1], moments, line, line)
-            latent = expected[1].numpy()
-            pairs.append((images, network.jacobian.images(latent, moments.numpy(), 9)))
-            pairs.append((slopes, network.jacobian.parameters(latent)[1]))
+        if isinstance(decoder, Decoder):
+            example = _fit_example(decoder, expected[1])
+            inputs = {name: tensor.numpy() for name, tensor in example.items()}
+            artefacts = {"render": network.render, "linearise": network.linearise}
+            for kind, part in _fit_modules(decoder).items():
+                with torch.no_grad():
+                    drawn = part(*(example[name] for name in part.inputs))
+                own = {k: a for k, a in inputs.items() if len(a) == n and k not in _COMMON}
+                common = {k: a for k, a in inputs.items() if k in _COMMON}
+                pairs += zip(drawn, artefacts[kind].run(part.outputs, own, common, n), strict=True)
         for a, c in pairs:
             a, c = a.numpy().reshape(n, -1), np.asarray(c).reshape(n, -1)
             worst = max(worst, float((np.abs(a - c).max(axis=1) / np.abs(a).max(axis=1)).max()))
@@ -296,10 +393,7 @@ def export_network(
         if module.convolutional:
             graphs = {kind: halve_weights(graph) for kind, graph in graphs.items()}
         else:
-            line = torch.arange(8.0)
-            example = torch.randn(3, length), examples["psf_moments"], line, torch.arange(6.0)
-            jacobian = DecoderJacobian(deblender.decoder)
-            graphs["jacobian"] = _to_onnx(jacobian, example, list(jacobian.inputs), list(jacobian.outputs))
+            graphs |= fit_graphs(deblender.decoder)
     path = out / f"{name}.onnx"
 
     def write(merit: dict) -> NetworkMetadata:

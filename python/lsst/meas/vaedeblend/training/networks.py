@@ -8,7 +8,18 @@ in pixel^2. Every normalisation happens inside.
 
 from __future__ import annotations
 
-__all__ = ["Decoder", "Deblender", "Encoder", "SourceShape", "build_networks"]
+__all__ = [
+    "LOWEST_EXPONENT",
+    "MAX_LOG_FLUX",
+    "MODEL_VARIANCE",
+    "Deblender",
+    "Decoder",
+    "Encoder",
+    "Mixture",
+    "SourceShape",
+    "build_networks",
+    "draw_gaussians",
+]
 
 import math
 from typing import Any, NamedTuple
@@ -25,6 +36,16 @@ _LOG_FLUX_OFFSET = 5.0
 """Natural log of a typical flux in nJy (26.0 mag): latent zeros decode to about this."""
 
 
+MODEL_VARIANCE = MODEL_SIGMA**2 + 1.0 / 12.0
+"""What the model frame's PSF and the pixel add to the variance of a Gaussian, pixel^2."""
+
+MAX_LOG_FLUX = 25.0
+"""Bound of the natural log of a flux in nJy, so that latents far out do not overflow."""
+
+LOWEST_EXPONENT = -40.0
+"""Bound of a Gaussian's exponent: smaller numbers would lose precision, which makes processors slow."""
+
+
 class SourceShape(NamedTuple):
     """What the decoder makes of latent variables before drawing.
 
@@ -38,6 +59,52 @@ class SourceShape(NamedTuple):
 
     log_flux: Tensor
     morphology: Tensor
+
+
+class Mixture(NamedTuple):
+    """The Gaussians of sources.
+
+    Attributes
+    ----------
+    weight : (N, B, G)
+        Flux of each Gaussian, nJy.
+    position : (N, G, 2)
+        x and y from the target's pixel, pixel.
+    covariance : (N, G, 3)
+        xx, xy, yy without any PSF, pixel^2.
+    """
+
+    weight: Tensor
+    position: Tensor
+    covariance: Tensor
+
+
+def draw_gaussians(position: Tensor, covariance: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Draw Gaussians of unit flux in the model frame, whose PSF and pixel add to their covariance.
+
+    Parameters
+    ----------
+    position, covariance : `torch.Tensor`, (N, G, 2), (N, G, 3)
+        See `Mixture`.
+    x, y : `torch.Tensor`, (P,)
+        Pixels, from the target's.
+
+    Returns
+    -------
+    maps : `torch.Tensor`, (N, G, P)
+    """
+    cxx, cxy, cyy = covariance.unbind(-1)
+    cxx, cyy = cxx + MODEL_VARIANCE, cyy + MODEL_VARIANCE
+    det = cxx * cyy - cxy * cxy
+    a, b, c = cyy / det, -cxy / det, cxx / det
+    x0, y0 = position.unbind(-1)
+    # -1/2 (r - r0)^T C^-1 (r - r0) as coefficients of x^2, xy, y^2, x, y, 1: one matrix product gives every
+    # exponent.
+    constant = -0.5 * (a * x0 * x0 + 2 * b * x0 * y0 + c * y0 * y0)
+    coefficients = torch.stack([-0.5 * a, -b, -0.5 * c, a * x0 + b * y0, b * x0 + c * y0, constant], dim=-1)
+    basis = torch.stack([x * x, x * y, y * y, x, y, torch.ones_like(x)])
+    maps = torch.exp((coefficients @ basis).clamp(min=LOWEST_EXPONENT))
+    return maps * torch.rsqrt(det)[..., None] * (0.5 / math.pi)
 
 
 class _Residual(nn.Module):
@@ -294,8 +361,8 @@ class Decoder(nn.Module):
         self.register_buffer("ladder", torch.linspace(math.log(0.12), math.log(4.8), self.rungs), False)
         line = torch.arange(size, dtype=torch.float32) - size // 2
         y, x = torch.meshgrid(line, line, indexing="ij")
-        x, y = x.flatten(), y.flatten()
-        self.register_buffer("basis", torch.stack([x * x, x * y, y * y, x, y, torch.ones_like(x)]), False)
+        self.register_buffer("x", x.flatten(), False)
+        self.register_buffer("y", y.flatten(), False)
 
     @torch.no_grad()
     def transform_latents(self, matrix: Tensor, offset: Tensor) -> None:
@@ -315,8 +382,12 @@ class Decoder(nn.Module):
         flat = self.skip(latent) + self.hidden(latent)
         return dict(zip(self._sizes, flat.split(list(self._sizes.values()), dim=1), strict=True))
 
-    def shape(self, latent: Tensor) -> SourceShape:
-        """Decode to log fluxes and unit-flux images.
+    def gaussians(self, latent: Tensor) -> tuple[Tensor, Mixture]:
+        """Decode to log fluxes and the Gaussians of sources of unit flux.
+
+        The intrinsic covariance is sigma^2 exp(H) with H = [[eta1, eta2],
+        [eta2, -eta1]]: area-preserving, with conformal shear eta (Bernstein &
+        Jarvis 2002, section 2.2).
 
         Parameters
         ----------
@@ -324,7 +395,10 @@ class Decoder(nn.Module):
 
         Returns
         -------
-        shape : `SourceShape`
+        log_flux : `torch.Tensor`, (N, B)
+            Natural log of the total flux in nJy.
+        mixture : `Mixture`
+            With weights whose sum is 1 in each band.
         """
         p = self._numbers(latent)
         n = latent.shape[0]
@@ -342,52 +416,32 @@ class Decoder(nn.Module):
         # Shares of the band's flux; a profile's share is spread over its ladder.
         share = torch.softmax(p["share"].view(n, self.profiles + self.free, self.bands), dim=1)
         ladder_share = (share[:, : self.profiles, None] * rung_weight[..., None]).view(n, count, self.bands)
-        weight = torch.cat([ladder_share, share[:, self.profiles :]], dim=1)
-        maps = self._gaussians(position, log_sigma, eta)
-        morphology = torch.bmm(weight.transpose(1, 2), maps)
-        return SourceShape(
-            p["log_flux"] + _LOG_FLUX_OFFSET, morphology.view(n, self.bands, self.size, self.size)
-        )
-
-    def _gaussians(self, position: Tensor, log_sigma: Tensor, eta: Tensor) -> Tensor:
-        """Unit-flux Gaussians on the pixel grid, (N, K, S * S).
-
-        The intrinsic covariance is sigma^2 exp(H) with H = [[eta1, eta2],
-        [eta2, -eta1]]: area-preserving, with conformal shear eta (Bernstein &
-        Jarvis 2002, section 2.2). The model PSF and the pixel (variance 1/12)
-        add to it.
-        """
+        weight = torch.cat([ladder_share, share[:, self.profiles :]], dim=1).transpose(1, 2)
         modulus = torch.sqrt(eta.square().sum(-1) + 1e-8)
         modulus_safe = modulus.clamp(max=4.0)
         scale = torch.exp(2.0 * log_sigma.clamp(-4.0, 4.5))
         cosh, sinh = torch.cosh(modulus_safe), torch.sinh(modulus_safe) / modulus
-        extra = MODEL_SIGMA**2 + 1.0 / 12.0
-        cxx = scale * (cosh + sinh * eta[..., 0]) + extra
-        cyy = scale * (cosh - sinh * eta[..., 0]) + extra
-        cxy = scale * sinh * eta[..., 1]
-        det = cxx * cyy - cxy * cxy
-        a, b, c = cyy / det, -cxy / det, cxx / det
-        x0, y0 = position.unbind(-1)
-        # -1/2 (r - r0)^T C^-1 (r - r0) and the normalisation, as coefficients of x^2, xy, y^2, x, y, 1: one
-        # matrix product gives every exponent.
-        constant = -0.5 * (a * x0 * x0 + 2 * b * x0 * y0 + c * y0 * y0) - 0.5 * torch.log(det)
-        coefficients = torch.stack(
+        covariance = torch.stack(
             [
-                -0.5 * a,
-                -b,
-                -0.5 * c,
-                a * x0 + b * y0,
-                b * x0 + c * y0,
-                constant - math.log(2 * math.pi),
+                scale * (cosh + sinh * eta[..., 0]),
+                scale * sinh * eta[..., 1],
+                scale * (cosh - sinh * eta[..., 0]),
             ],
-            dim=-1,
+            -1,
         )
-        return torch.exp(coefficients @ self.basis)
+        return p["log_flux"] + self.log_flux_offset, Mixture(weight, position, covariance)
+
+    def shape(self, latent: Tensor) -> SourceShape:
+        """Decode to log fluxes and unit-flux images, latents (N, L)."""
+        log_flux, unit = self.gaussians(latent)
+        maps = draw_gaussians(unit.position, unit.covariance, self.x, self.y)
+        morphology = torch.bmm(unit.weight, maps).view(-1, self.bands, self.size, self.size)
+        return SourceShape(log_flux, morphology)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Images in the model frame, nJy, (N, B, S, S)."""
         shape = self.shape(latent)
-        return shape.morphology * torch.exp(shape.log_flux.clamp(max=25.0))[:, :, None, None]
+        return shape.morphology * torch.exp(shape.log_flux.clamp(max=MAX_LOG_FLUX))[:, :, None, None]
 
 
 class Deblender(nn.Module):

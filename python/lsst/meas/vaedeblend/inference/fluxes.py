@@ -9,63 +9,11 @@ import scipy.linalg
 import scipy.optimize
 from numpy.typing import NDArray
 
-__all__ = ["joint_fluxes", "normal_equations"]
+__all__ = ["MIN_COVERAGE", "joint_fluxes"]
 
-# Part of a model's squared shape that must lie on valid pixels for its flux to count as measured.
-_MIN_COVERAGE = 0.01
-
-
-def normal_equations(
-    shapes: NDArray, corner: NDArray[np.int64], weight: NDArray, residual: NDArray, flux: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Set up weighted linear least squares for the fluxes of overlapping sources.
-
-    Parameters
-    ----------
-    shapes : `numpy.ndarray`, (K, B, S, S)
-        Shapes of the models, float32.
-    corner : `numpy.ndarray`, (K, 2)
-        Scene coordinates (y, x) of pixel [0, 0] of the cutouts.
-    weight : `numpy.ndarray`, (K, B, S, S)
-        Inverse variances, nJy^-2; 0 where the image is not valid.
-    residual : `numpy.ndarray`, (K, B, S, S)
-        The image minus all models, nJy.
-    flux : `numpy.ndarray`, (K, B)
-        Fluxes of the models, nJy.
-
-    Returns
-    -------
-    normal : `numpy.ndarray`, (B, K, K)
-        Sums over pixels of products of two shapes over the variance; 0 in rows and columns of sources that
-        are not measured.
-    rhs : `numpy.ndarray`, (B, K)
-        Sums over pixels of shape times image without all other sources over the variance.
-    measured : `numpy.ndarray`, (B, K)
-        Whether the valid pixels tell a source's flux.
-    """
-    k, bands, s = shapes.shape[:3]
-    weighted = shapes * weight
-    normal = np.zeros((bands, k, k))
-    flat = (k, bands, s * s)
-    diagonal = np.einsum("kbp,kbp->bk", weighted.reshape(flat), shapes.reshape(flat))
-    squares = np.einsum("kbp,kbp->bk", shapes.reshape(flat), shapes.reshape(flat))
-    # Where only the far wings of a model are valid, its flux would be a wild extrapolation.
-    valid_squares = np.einsum("kbp,kbp->bk", (shapes * (weight > 0)).reshape(flat), shapes.reshape(flat))
-    measured = (valid_squares > _MIN_COVERAGE * squares) & (diagonal > 0)
-    first, second = np.triu_indices(k, 1)
-    shift = corner[second] - corner[first]
-    near = (np.abs(shift) < s).all(axis=1)
-    for i, j, (dy, dx) in zip(first[near].tolist(), second[near].tolist(), shift[near].tolist(), strict=True):
-        a = weighted[i, :, max(dy, 0) : s + min(dy, 0), max(dx, 0) : s + min(dx, 0)]
-        b = shapes[j, :, max(-dy, 0) : s + min(-dy, 0), max(-dx, 0) : s + min(-dx, 0)]
-        normal[:, i, j] = normal[:, j, i] = np.einsum("byx,byx->b", a, b)
-    index = np.arange(k)
-    normal[:, index, index] = diagonal
-    # The data are the residual plus the sources' own models: b = <w s, residual> + N f.
-    rhs = np.einsum("kbp,kbp->bk", weighted.reshape(flat), residual.reshape(flat), dtype=np.float64)
-    rhs += np.einsum("bij,bj->bi", normal, flux.T)
-    normal = np.where(measured[:, :, None] & measured[:, None, :], normal, 0.0)
-    return normal, rhs, measured
+MIN_COVERAGE = 0.01
+"""Part of a model's squared shape that must lie on valid pixels for its flux to count as measured: where only far
+wings are valid, it would be a wild extrapolation."""
 
 
 def joint_fluxes(
