@@ -36,6 +36,6 @@ def _solve_group(state: State, rows: NDArray[np.int64]) -> None:
     weight = cut_out(state.weight, corner[:, 0], corner[:, 1], state.size)
     left = cut_out(state.residual, corner[:, 0], corner[:, 1], state.size)
     normal, rhs, measured = normal_equations(r.image[rows], corner, weight, left, r.flux[rows])
-    flux, error = joint_fluxes(normal, rhs, r.network_flux[rows].T, state.config.flux_prior)
+    flux, error = joint_fluxes(normal, rhs, r.network_flux[rows].T, state.config.fluxPrior)
     state.set_fluxes(rows, np.nan_to_num(flux.T))
     r.error[rows], r.measured[rows] = error.T, measured.T

@@ -20,7 +20,7 @@ def take_pass(state: State, parents: list[int]) -> None:
     members = state.members(parents)
     rows = np.concatenate(members) if members else np.empty(0, np.int64)
     # Bounded pieces, so that the cutouts of a rich patch need not all exist at once.
-    piece = 8 * state.config.batch_size
+    piece = 8 * state.config.batchSize
     for start in range(0, len(rows), piece):
         apply_network(state, rows[start : start + piece])
     for own in members:
@@ -30,7 +30,7 @@ def take_pass(state: State, parents: list[int]) -> None:
 
 def try_by_passes(state: State, parents: list[int], new: NDArray[np.int64]) -> None:
     """Fit parents that have new sources."""
-    for _ in range(state.config.min_passes):
+    for _ in range(state.config.minPasses):
         take_pass(state, parents)
 
 
@@ -56,7 +56,7 @@ def improve(state: State, parents: list[int]) -> list[int]:
             # The residual follows with the next subtraction.
             r.restore(own, saved, part)
             continue
-        allowed = state.config.flux_tolerance * np.maximum(np.nan_to_num(r.error[own]), 0.1 * r.flux[own])
+        allowed = state.config.fluxTolerance * np.maximum(np.nan_to_num(r.error[own]), 0.1 * r.flux[own])
         if (np.abs(r.flux[own] - flux[part]) > allowed).any():
             moving.append(p)
     return moving
@@ -71,7 +71,7 @@ def apply_network(state: State, rows: NDArray[np.int64]) -> None:
     image += r.image[rows] * r.flux[rows, :, None, None].astype(np.float32)
     image *= valid
     output = state.network.deblend(
-        image, valid, r.noise[rows], state.moments[r.cell[rows]], batch_size=state.config.batch_size
+        image, valid, r.noise[rows], state.moments[r.cell[rows]], batch_size=state.config.batchSize
     )
     sky, flux, sound = unit_shapes(output.model)
     good = output.finite & sound

@@ -53,8 +53,8 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
         raise ValueError(
             f"The scene has bands {list(scene.bands)}, the network {list(bands)}: none in common."
         )
-    scene = scene.reordered(bands, allow_missing=config.allow_missing_bands)
-    if not config.allow_other_pixel_scale:
+    scene = scene.reordered(bands, allow_missing=config.allowMissingBands)
+    if not config.allowOtherPixelScale:
         network.check(pixel_scale=scene.pixel_scale)
     if not scene.psf.valid.any():
         raise ValueError("The scene has no PSF in any cell and band.")
@@ -62,9 +62,9 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
     place_first(state)
     everything = range(len(scene.parents))
     parents = [p for p, own in zip(everything, state.members(list(everything)), strict=True) if len(own)]
-    for _ in range(config.min_passes):
+    for _ in range(config.minPasses):
         take_pass(state, parents)
-    if config.refinement_steps > 0 and network.jacobian is not None:
+    if config.refinementSteps > 0 and network.jacobian is not None:
         _go_on_with_refinement(state, parents)
     else:
         _go_on_with_passes(state, parents)
@@ -74,7 +74,7 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
 def _go_on_with_refinement(state: State, parents: list[int]) -> None:
     """Refine the sources, then try new peaks and refine those parents that have not settled."""
     moving, open_ = refine(state, parents), _to_search(state, parents)
-    for iteration in range(1, state.config.max_iterations + 1):
+    for iteration in range(1, state.config.maxIterations + 1):
         if not moving and not open_:
             break
         open_ = try_peaks(state, open_, iteration, try_by_refinement)
@@ -87,7 +87,7 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
 def _go_on_with_passes(state: State, parents: list[int]) -> None:
     """Take another pass with those parents that have not settled, then try new peaks."""
     moving, open_ = parents, _to_search(state, parents)
-    for iteration in range(1, state.config.max_iterations + 1):
+    for iteration in range(1, state.config.maxIterations + 1):
         if not moving and not open_:
             break
         moving = improve(state, moving)
@@ -99,7 +99,7 @@ def _go_on_with_passes(state: State, parents: list[int]) -> None:
 
 def _to_search(state: State, parents: list[int]) -> list[int]:
     """The parents in which to look for new peaks: all at first, then only those that got some."""
-    return parents if state.config.find_new_peaks else []
+    return parents if state.config.findNewPeaks else []
 
 
 def _either(some: list[int], others: list[int]) -> list[int]:
@@ -112,7 +112,7 @@ def _report(iteration: int, moving: list[int], open_: list[int]) -> None:
 
 def _conclude(state: State, parents: list[int], moving: list[int]) -> None:
     """Flag the parents that still change, and drop what no longer earns its place."""
-    if state.config.max_iterations > 0:
+    if state.config.maxIterations > 0:
         state.parent_flags["no_convergence"][moving] = True
     state.subtract()
     for p in parents:

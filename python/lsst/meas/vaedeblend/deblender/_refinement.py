@@ -28,7 +28,7 @@ def refine(state: State, parents: list[int]) -> list[int]:
     if not members:
         return []
     r, rows = state.rows, np.concatenate(members)
-    _take_steps(state, rows, state.config.refinement_steps)
+    _take_steps(state, rows, state.config.refinementSteps)
     return np.unique(r.parent[rows[~r.settled[rows] & ~r.failed[rows]]]).tolist()
 
 
@@ -72,12 +72,12 @@ def _take_steps(state: State, rows: NDArray[np.int64], steps: int) -> None:
             r.restore(active[back], saved, back)
             state.change(active[back], r.flux[active[back]])
             r.damping[active] = np.where(back, np.maximum(10.0 * damping, 0.1), 0.2 * damping)
-            r.settled[active] = (gain < state.config.refinement_tolerance) & ~back
+            r.settled[active] = (gain < state.config.refinementTolerance) & ~back
 
 
 def _batches(state: State, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Rows that are refined at once: whole parents as long as they fit."""
-    size, pieces = state.config.refinement_batch, []
+    size, pieces = state.config.refinementBatch, []
     rows = rows[np.argsort(state.rows.parent[rows], kind="stable")]
     while len(rows):
         stop = min(size, len(rows))
@@ -104,7 +104,7 @@ def _linearise(state: State, rows: NDArray[np.int64]) -> LinearisedModels:
         widths,
         state.residual,
         state.soft_weight,
-        state.config.refinement_prior,
+        state.config.refinementPrior,
     )
 
 
@@ -120,7 +120,7 @@ def _objective(
     chi2 = np.einsum("byx,byx,byx->yx", residual, residual, weight)
     n = int(groups.max()) + 2
     out = np.bincount(owner.ravel(), weights=chi2.ravel(), minlength=n)[: n - 1]
-    prior = state.config.refinement_prior * (state.rows.mean[rows].astype(float) ** 2).sum(axis=1)
+    prior = state.config.refinementPrior * (state.rows.mean[rows].astype(float) ** 2).sum(axis=1)
     return out + np.bincount(groups, weights=prior, minlength=n - 1)
 
 
@@ -142,13 +142,13 @@ def set_posterior(state: State) -> None:
     r, config = state.rows, state.config
     rows = np.flatnonzero(r.alive & r.active & r.tried & ~r.failed)
     for part in _batches(state, rows):
-        r.covariance[part] = config.posterior_scale**2 * _linearise(state, part).covariances()
+        r.covariance[part] = config.posteriorScale**2 * _linearise(state, part).covariances()
     if len(rows):
         covariance = r.covariance[rows]
         r.sigma[rows] = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
         values, slope = state.network.jacobian.parameters(r.mean[rows])
         variance = np.einsum("kbpi,kij,kbpj->kbp", slope, covariance, slope, optimize=True)
         deviation = np.sqrt(np.maximum(variance, 0.0))
-        relative = np.hypot(deviation[:, :, 0], config.flux_systematic)
+        relative = np.hypot(deviation[:, :, 0], config.fluxSystematic)
         r.error[rows] = relative * r.network_flux[rows]
         r.moments[rows], r.moments_error[rows] = values[:, :, 3:], deviation[:, :, 3:]

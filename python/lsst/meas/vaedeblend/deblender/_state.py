@@ -48,7 +48,7 @@ class State:
         self.psf_sigma = moments_sigma(self.moments)
         self.detection_sigma = np.median(self.psf_sigma, axis=0)
         # Decrease of chi-square that a source must bring.
-        self.cost = config.cost_per_parameter * (int(self.usable.sum()) + 5)
+        self.cost = config.costPerParameter * (int(self.usable.sum()) + 5)
         # Of the parents.
         n = len(scene.parents)
         self.parent_flags = {name: np.zeros(n, bool) for name in PARENT_FLAGS}
@@ -174,7 +174,7 @@ class State:
         """Bring the refinement's weights around sources up to date: the models have errors of their own."""
         corner = self.rows.corner[rows]
         for _, outer, _ in overlaps(corner[:, 0], corner[:, 1], self.size, self.scene.shape):
-            self.soft_weight[:, *outer] = self.softened_weight(outer, self.config.refinement_model_error)
+            self.soft_weight[:, *outer] = self.softened_weight(outer, self.config.refinementModelError)
 
     def footprint(self, p: int, shape: tuple[int, int], y: int, x: int) -> NDArray[np.bool_]:
         """A parent's footprint on an array of some shape whose corner is at (y, x)."""

@@ -236,7 +236,7 @@ def run_procedure(
     NetworkError
         Raised when the network does not go with the scene's bands or pixel scale.
     """
-    allow_scale = config.allowOtherPixelScale or config.deblend.allow_other_pixel_scale
+    allow_scale = config.allowOtherPixelScale or config.deblend.allowOtherPixelScale
     try:
         network.check(pixel_scale=scene.pixel_scale)
     except NetworkError as error:
@@ -246,8 +246,8 @@ def run_procedure(
     # The two exceptions are the task's to grant.
     procedure = DeblendConfig()
     procedure.update(**config.deblend.toDict())
-    procedure.allow_missing_bands |= config.allowMissingBands
-    procedure.allow_other_pixel_scale = allow_scale
+    procedure.allowMissingBands |= config.allowMissingBands
+    procedure.allowOtherPixelScale = allow_scale
     return deblend(scene, network, procedure)
 
 

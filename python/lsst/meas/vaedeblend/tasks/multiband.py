@@ -113,7 +113,7 @@ class VaeMultibandDeblendConfig(DeblendTaskConfig, LimitsConfig):
         self.allowMissingBands = True
         # Detection has said what there is. What remains of galaxies larger than the network's cutout would
         # pass for more.
-        self.deblend.find_new_peaks = False
+        self.deblend.findNewPeaks = False
 
 
 class VaeMultibandDeblendTask(Task):
