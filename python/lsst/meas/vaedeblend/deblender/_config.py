@@ -74,7 +74,13 @@ class DeblendConfig(Config):
         default=512,
         min=1,
     )
-    findNewPeaks = Field[bool](doc="Look for further peaks in the residuals?", default=True)
+    findNewPeaks = Field[bool](
+        doc="Look for further peaks in the residuals? The tasks also take None, their default: in patches "
+        "that come without peaks. Where peaks are given they say what there is, and what remains of galaxies "
+        "larger than the network's cutout would pass for more.",
+        default=True,
+        optional=True,
+    )
     peakThreshold = RangeField[float](
         doc="Significance of the peaks to start from in parents that come without any.", default=5.0, min=0.0
     )
@@ -124,9 +130,12 @@ class DeblendConfig(Config):
         doc="Cutouts that go through the network at once; bounds the memory it takes.", default=128, min=1
     )
     allowMissingBands = Field[bool](
-        doc="Deblend scenes that lack some of the network's bands? Their fluxes are NaN and flagged.",
-        default=False,
+        doc="Deblend scenes that lack some of the network's bands? Objects are flagged missing_band, and "
+        "have no flux there. Patches that lack a band are common where surveys begin and end, and scarlet "
+        "deblends them. Otherwise there is no work to do for such patches.",
+        default=True,
     )
     allowOtherPixelScale = Field[bool](
-        doc="Deblend scenes with another pixel scale than the network's?", default=False
+        doc="Deblend scenes with another pixel scale than the network's? Sizes come out wrong by the ratio.",
+        default=False,
     )
