@@ -299,6 +299,7 @@ class VaeMultibandDeblendTask(Task):
             self.schemas, mergedSources, families, result, posterior, peaks, components, peak_ids
         )
         skipped: list[Footprint] = [f.footprint for f in families if f.skipped is not None]
+        self.metadata["n_skipped"] = len(skipped)
         self.log.info(
             "%d merged detections gave %d objects, %d of them from %d blends; %d blends were skipped.",
             len(mergedSources),
