@@ -54,7 +54,7 @@ def main() -> None:
     clocks = {n: _Clock(network) for n, network in networks.items()}
     config = DeblendConfig()
     if arguments.refinement_steps is not None:
-        config.refinement_steps = arguments.refinement_steps
+        config.refinementSteps = arguments.refinement_steps
     metadata = next(iter(networks.values())).metadata
     patch = simulate_patch(1, survey=arguments.survey, bands=metadata.bands)
     valid = np.ones(patch.image.shape, bool)
@@ -72,7 +72,7 @@ def main() -> None:
             if repeat:
                 seconds[n].append((elapsed, clocks[n].seconds))
             count = len(result.sources)
-    print(f"{metadata.name}: {count} objects, {config.refinement_steps} steps of refinement")
+    print(f"{metadata.name}: {count} objects, {config.refinementSteps} steps of refinement")
     print("threads  ms per object: all  graphs  rest")
     for n, times in seconds.items():
         total = 1e3 * statistics.median(t for t, _ in times) / count

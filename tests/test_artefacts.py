@@ -100,7 +100,7 @@ def test_simulated_galaxies_come_out_with_their_fluxes(name):
     chi2 = {}
     for steps in (0, 4):
         config = DeblendConfig()
-        config.refinement_steps = steps
+        config.refinementSteps = steps
         result = deblend(scene, network, config)
         chi2[steps], sources = result.parents.chi2[0] / result.parents.n_pixels[0], result.sources
         index, truth = match(np.column_stack([sources.peak_x, sources.peak_y]), peaks, 1e-6)

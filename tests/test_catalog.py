@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from astropy import units as u
 from lsst.meas.vaedeblend.catalog import models_table, object_table, parent_table
 from lsst.meas.vaedeblend.deblender import deblend
 from lsst.meas.vaedeblend.ground.bands import reference_band
-from lsst.meas.vaedeblend.ground.flags import PARENT_FLAGS, SOURCE_FLAGS
+from lsst.meas.vaedeblend.ground.flags import PARENT_FLAGS, SKIP_FLAGS, SOURCE_FLAGS
+from lsst.meas.vaedeblend.posterior import Posterior, sample_posterior
+from lsst.meas.vaedeblend.scene import PsfGrid
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,64 @@ def test_every_column_has_a_unit_and_a_description(result):
             assert table[name].unit is not None, name
             assert len(table[name].description) > 5, name
             assert table[name].description[0].isupper(), name
+
+
+def rst(table, bands: str = "gri") -> str:
+    """Columns of a table as the documentation lists them."""
+    lines = [".. list-table::", "   :header-rows: 1", "", "   * - column", "     - unit", "     - meaning"]
+    for name in table.colnames:
+        band, _, quantity = name.partition("_")
+        text = table[name].description.replace(f"in the bands {', '.join(bands)}", "in the network's bands")
+        if band in bands:
+            if band != bands[0]:
+                continue
+            name, text = f"BAND_{quantity}", text.replace(f" in {band}", " in BAND")
+        unit = table[name.replace("BAND", bands[0])].unit.to_string()
+        lines += [f"   * - ``{name}``", f"     - {unit}".rstrip(), f"     - {text}"]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("dataset", ["object_vae_deblend", "object_vae_parent", "object_vae_models"])
+def test_the_documentation_lists_every_column(result, network, dataset):
+    posterior = sample_posterior(result.sources, network, PsfGrid.constant(np.ones((3, 5, 5))), 0)
+    table = {
+        "object_vae_deblend": object_table(result.sources, result.parents, sky, posterior=posterior),
+        "object_vae_parent": parent_table(result.parents, sky),
+        "object_vae_models": models_table(result.sources),
+    }[dataset]
+    page = Path(__file__).parents[1] / "doc" / "lsst.meas.vaedeblend" / "outputs.rst"
+    # What is missing can be copied from this test's message.
+    assert rst(table) in page.read_text(), f"{page} should have:\n{rst(table)}"
+
+
+def test_errors_of_a_posterior_take_the_place_of_the_sources_own(result, network):
+    n = len(result.sources)
+    posterior = Posterior(
+        ("g", "r", "i"),
+        "i",
+        flux=np.full((n, 3), 7.0),
+        flux_err=np.full((n, 3), 2.0),
+        shape=np.tile([5.0, 3.0, 1.0], (n, 1)),
+        shape_err=np.tile([0.5, 0.3, 0.1], (n, 1)),
+    )
+    table = object_table(result.sources, result.parents, posterior=posterior)
+    assert (table["r_flux"] == 7).all() and (table["i_fluxErr"] == 2).all()
+    np.testing.assert_allclose(table["shape_e1"], 0.25)
+    np.testing.assert_allclose(table["shape_xyErr"], 0.1)
+    assert "in i," in table["shape_xx"].description
+    assert np.isnan(object_table(result.sources, result.parents)["shape_xyErr"]).all()
+    with pytest.raises(ValueError, match="shapes in i, not in r"):
+        object_table(result.sources, result.parents, band="r", posterior=posterior)
+
+
+def test_reasons_for_skipping_become_columns(result):
+    flags = {f"skipped_{name}": np.array([i == 0, False]) for i, name in enumerate(SKIP_FLAGS)}
+    table = parent_table(dataclasses.replace(result.parents, flags=flags))
+    assert table["deblend_skipped"].tolist() == [True, False]
+    for i, (name, doc) in enumerate(SKIP_FLAGS.items()):
+        assert table[f"deblend_skipped_{name}"].tolist() == [i == 0, False]
+        assert table[f"deblend_skipped_{name}"].description == doc
+    assert not parent_table(result.parents)["deblend_skipped"].any()
 
 
 def test_objects_have_tract_coordinates_fluxes_and_their_parents_figures(result):

@@ -4,13 +4,15 @@
 """Coadds to scene and back, without any Butler."""
 
 import astropy.units as u
+import lsst.images
 import numpy as np
 import pytest
 from astropy.table import Table
 from lsst.images import Box
 from lsst.meas.vaedeblend.adapters.butler_repo import CoaddRepository, PatchLayout
-from lsst.meas.vaedeblend.adapters.cell_coadd import masked_image, scene_from_cell_coadds
+from lsst.meas.vaedeblend.adapters.cell_coadd import masked_image, scene_from_cell_coadds, union_planes
 from lsst.meas.vaedeblend.adapters.footprints import parents_from_peaks
+from lsst.meas.vaedeblend.adapters.mask_planes import EQUIVALENTS, check_planes, names_in
 
 BANDS = ("g", "r", "i")
 LAYOUT = PatchLayout(100, 200, (2, 3), (20, 25))
@@ -105,11 +107,48 @@ def test_bad_planes_and_edges(repository):
     edge[1, :, 0] = True
     coadds = make_coadds(repository, planes={"SATURATED": saturated, "DETECTION_EDGE": edge})
     scene = scene_from_cell_coadds(coadds)
-    assert (~scene.valid).sum() == 3 and not scene.valid[:, 2, 3].any()
+    np.testing.assert_array_equal(~scene.valid, saturated | edge)
     np.testing.assert_array_equal(scene.edge, edge[1])
     assert scene_from_cell_coadds(coadds, bad_planes=["NO_DATA"]).valid.all()
-    with pytest.raises(ValueError, match="no mask plane SATTURATED; it has NO_DATA"):
+    # The same planes by afw's names, and planes that only other coadds have.
+    for names in (["SAT"], ["SATURATED"], ["SAT", "SATURATED", "STREAK"]):
+        np.testing.assert_array_equal(~scene_from_cell_coadds(coadds, bad_planes=names).valid[0], saturated)
+    with pytest.raises(ValueError, match="no mask plane SATTURATED; the coadds have .*NO_DATA"):
         scene_from_cell_coadds(coadds, bad_planes=["SATTURATED"])
+
+
+def test_the_union_of_planes_is_on_the_scenes_box(repository):
+    saturated = np.zeros((3, *SHAPE), bool)
+    saturated[0, 12, 13], saturated[1, 2, 3] = True, True
+    coadds = make_coadds(repository, planes={"SATURATED": saturated})
+    coadds["g"] = coadds["g"][Box.factory[107:140, 203:275]]
+    planes = union_planes(coadds, ["SAT", "SUSPECT"])
+    np.testing.assert_array_equal(planes["SAT"], saturated.any(axis=0))
+    assert planes["SUSPECT"].shape == SHAPE and not planes["SUSPECT"].any()
+    with pytest.raises(ValueError, match="no mask plane SATTURATED"):
+        union_planes(coadds, ["SATTURATED"])
+
+
+def test_names_of_planes_are_those_of_lsst_images():
+    tables = (
+        lsst.images.get_legacy_deep_coadd_mask_planes(),
+        lsst.images.get_legacy_non_cell_coadd_mask_planes(),
+        lsst.images.get_legacy_optional_mask_planes(),
+    )
+    for old, plane in (item for table in tables for item in table.items()):
+        assert EQUIVALENTS.get(old, old) == plane.name
+        check_planes([old, plane.name], ())
+        assert names_in(old, {plane.name}) == names_in(plane.name, {plane.name}) == [plane.name]
+        assert names_in(plane.name, {old}) == [old]
+
+
+def test_a_coadd_without_the_plane_of_detection_is_warned_about(repository, caplog):
+    coadds = make_coadds(repository, planes={"FOUND": np.ones(SHAPE, bool)}, bands=("g", "r"))
+    assert len(scene_from_cell_coadds(coadds, detected_plane="FOUND").parents) == 1
+    coadds["i"] = make_coadds(repository)["i"]
+    with caplog.at_level("WARNING"):
+        assert len(scene_from_cell_coadds(coadds, detected_plane="FOUND").parents) == 1
+    assert "band i have no mask plane FOUND" in caplog.text
 
 
 def test_without_a_detection_plane_there_are_no_parents(repository):
@@ -123,7 +162,7 @@ def test_units_are_converted(repository):
     reference = scene_from_cell_coadds(make_coadds(repository))
     np.testing.assert_allclose(scene.image, 1e3 * reference.image, rtol=1e-6)
     np.testing.assert_allclose(scene.variance, 1e6 * reference.variance, rtol=1e-6)
-    with pytest.raises(ValueError, match="unit of band g, adu, does not convert"):
+    with pytest.raises(ValueError, match="band g has units uncalibrated: its unit, adu, does not"):
         scene_from_cell_coadds(make_coadds(repository, unit=u.adu))
 
 

@@ -86,9 +86,9 @@ def test_settings_of_the_procedure(runner, network_path, tmp_path):
     options = ["--network", str(network_path), "-c"]
     command = ["evaluate", "fields", str(tmp_path), str(tmp_path / "out"), *options]
     result = runner.invoke(main, [*command, "no_such=1"])
-    assert result.exit_code == 1 and "'no_such'" in result.output and "refinement_steps" in result.output
-    result = runner.invoke(main, [*command, "refinement_steps=-1"])
-    assert result.exit_code == 1 and "refinement_steps" in result.output
+    assert result.exit_code == 1 and "'no_such'" in result.output and "refinementSteps" in result.output
+    result = runner.invoke(main, [*command, "refinementSteps=-1"])
+    assert result.exit_code == 1 and "refinementSteps" in result.output
 
 
 def test_evaluate_fields(runner, network_path, tmp_path):

@@ -163,7 +163,7 @@ import {PACKAGE}.redistribution, {PACKAGE}.deblender
 from {PACKAGE} import *
 assert callable(redistribute) and callable(deblend) and callable(load_network) and callable(object_table)
 assert package.Scene is Scene and set(package.__all__) <= set(dir(package))
-assert DeblendConfig().refinement_steps > 0 and {{PsfGrid, Parent, DeblendResult}} and callable(find_parents)
+assert DeblendConfig().refinementSteps > 0 and {{PsfGrid, Parent, DeblendResult}} and callable(find_parents)
 print(__version__)
 """
     assert _run(code)

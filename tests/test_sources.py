@@ -160,7 +160,7 @@ def test_the_table_is_in_tract_pixels(blend, network):
 def test_sources_without_a_network_model_come_back_as_point_sources(tmp_path):
     network = Network.load(synthetic.write_network(tmp_path, nan_above=600.0))
     scene, _ = synthetic.make_scene([40, 90], [40, 80], [[1000] * 3, [300] * 3], [0.0, 1.0])
-    sources = deblend(scene, network, DeblendConfig(find_new_peaks=False)).sources
+    sources = deblend(scene, network, DeblendConfig(findNewPeaks=False)).sources
     np.testing.assert_array_equal(sources.flags["fallback"], [True, False])
     again = SourceModels.from_table(sources.to_table(), network, scene.psf)
     np.testing.assert_array_equal(again.flags["fallback"], [True, False])

@@ -22,8 +22,10 @@ from lsst.meas.vaedeblend.adapters.butler_repo import (
     run_pipetask,
 )
 from lsst.meas.vaedeblend.adapters.cell_coadd import scene_from_cell_coadds
+from lsst.meas.vaedeblend.deblender import deblend
 from lsst.meas.vaedeblend.ground.flags import SOURCE_FLAGS
 from lsst.meas.vaedeblend.network import NetworkError, load_network
+from lsst.meas.vaedeblend.posterior import sample_posterior
 from lsst.meas.vaedeblend.rendering import render
 from lsst.meas.vaedeblend.sources import SourceModels
 from lsst.meas.vaedeblend.tasks import VaeDeblendConfig, VaeDeblendConnections, VaeDeblendTask
@@ -76,9 +78,10 @@ def task(network_path) -> VaeDeblendTask:
     return make_task(network_path)
 
 
-def make_task(path, **fields) -> VaeDeblendTask:
+def make_task(path, procedure=None, **fields) -> VaeDeblendTask:
     config = VaeDeblendConfig()
     config.network = str(path)
+    config.deblend.update(**(procedure or {}))
     for name, value in fields.items():
         setattr(config, name, value)
     config.validate()
@@ -161,12 +164,18 @@ def test_bands_in_another_order(repository, task):
         np.testing.assert_array_equal(expected[name], shuffled[name], err_msg=name)
 
 
-def test_a_band_missing(repository, network_path, task):
+def test_a_band_missing(repository, network_path, task, caplog):
     coadds = make_coadds(repository, arrays())
     del coadds["r"]
-    with pytest.raises(NoWorkFound, match="No coadd in band r for patch 3 of tract 0: the network needs gri"):
-        task.run(coadds, IDS)
-    objects = make_task(network_path, allowMissingBands=True).run(coadds, IDS).objects
+    strict = make_task(network_path, {"allowMissingBands": False})
+    text = "No coadd in band r for patch 3 of tract 0: the network needs gri"
+    with caplog.at_level("WARNING"), pytest.raises(NoWorkFound, match=f"{text}.*allowMissingBands"):
+        strict.run(coadds, IDS)
+    assert text in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        objects = task.run(coadds, IDS).objects
+    assert text in caplog.text and "allowMissingBands" in caplog.text
     assert len(objects) >= 4
     assert np.isnan(objects["r_flux"]).all() and np.asarray(objects["deblend_flag_missing_band"]).all()
     assert np.isfinite(objects["g_flux"]).all() and np.isfinite(objects["i_flux"]).all()
@@ -184,7 +193,7 @@ def test_another_pixel_scale(tmp_path, network_path, task):
     coadds = make_coadds(other, arrays())
     with pytest.raises(NetworkError, match=r"0\.2 arcsec wide, the data's 0\.168"):
         task.run(coadds, IDS)
-    assert make_task(network_path, allowOtherPixelScale=True).run(coadds, IDS).n_objects == 4
+    assert make_task(network_path, {"allowOtherPixelScale": True}).run(coadds, IDS).n_objects == 4
 
 
 def test_pixels_that_are_not_finite(repository, network_path):
@@ -209,6 +218,8 @@ def test_a_parent_wholly_masked(repository, task):
     assert len(result.parents) == 3
     masked = np.asarray(result.parents["deblend_flag_masked"])
     assert masked.sum() == 1
+    np.testing.assert_array_equal(result.parents["deblend_skipped_masked"], masked)
+    assert not set(result.parents["id"][masked]) & set(result.objects["parent"])
     # The others are as they would be without it.
     assert np.sum(np.asarray(result.parents["deblend_nChild"])[~masked]) == 3
     near = np.hypot(result.objects["x"] - 930, result.objects["y"] - 540)
@@ -238,11 +249,15 @@ def test_given_peaks_in_and_outside_the_patch(repository, task):
     np.testing.assert_allclose(np.sort(given["deblend_peak_center_x"]) - 900, np.sort(X))
 
 
-def test_no_detected_pixel(repository, task):
+def test_no_detected_pixel(repository, task, caplog):
     a = arrays()
     a.detected[:] = False
-    with pytest.raises(NoWorkFound, match="No DETECTED pixel in patch 3 of tract 0"):
+    with (
+        caplog.at_level("WARNING"),
+        pytest.raises(NoWorkFound, match="No DETECTED pixel in patch 3 of tract"),
+    ):
         task.run(make_coadds(repository, a), IDS)
+    assert "No DETECTED pixel" in caplog.text
     # With a peak there is work.
     peaks = Table({"x": X[2:3] + 900, "y": Y[2:3] + 500})
     assert task.run(make_coadds(repository, a), IDS, peaks=peaks).n_objects == 1
@@ -271,6 +286,95 @@ def test_five_hundred_peaks_in_one_parent(repository, task):
         assert (flux[~np.asarray(result.objects["deblend_flag_fallback"])] >= 0).all()
 
 
+def test_parents_beyond_the_limits_are_skipped(repository, network_path, task):
+    coadds = make_coadds(repository, arrays())
+    peaks = Table({"x": X + 900, "y": Y + 500})
+    every = task.run(coadds, IDS, peaks=peaks)
+    blend = np.asarray(every.parents["deblend_nChild"]) == 2
+    assert not np.asarray(every.parents["deblend_skipped"]).any() and blend.sum() == 1
+    cases = {
+        "tooManyPeaks": {"maxNumberOfPeaks": 1},
+        "parentTooBig": {"maxFootprintSize": 1},
+        "masked": {"maskLimits": {"DETECTED": 0.0}},
+    }
+    for reason, limits in cases.items():
+        task = make_task(network_path, **limits)
+        result = task.run(coadds, IDS, peaks=peaks)
+        # Parents keep their rows and ids; those with a single peak need no splitting.
+        np.testing.assert_array_equal(result.parents["id"], every.parents["id"])
+        for name in cases:
+            expected = blend if name == reason else np.zeros(3, bool)
+            np.testing.assert_array_equal(result.parents[f"deblend_skipped_{name}"], expected)
+        np.testing.assert_array_equal(result.parents["deblend_skipped"], blend)
+        row = result.parents[int(np.flatnonzero(blend)[0])]
+        assert (int(row["deblend_nPeaks"]), int(row["deblend_nChild"])) == (2, 0)
+        assert (
+            row["deblend_chi2"] == row["deblend_chi2_start"] == every.parents["deblend_chi2_start"][blend][0]
+        )
+        assert len(result.objects) == 2 and len(result.models) == 2
+        assert not set(result.parents["id"][blend]) & set(result.objects["parent"])
+        assert task.metadata["n_skipped"] == 1 and task.metadata["n_parents"] == 3
+
+
+def test_all_parents_skipped(repository, network_path):
+    result = make_task(network_path, maxFootprintSize=1).run(make_coadds(repository, arrays()), IDS)
+    assert len(result.parents) == 3 and np.asarray(result.parents["deblend_skipped_parentTooBig"]).all()
+    assert len(result.objects) == len(result.models) == 0
+
+
+def test_new_peaks_are_looked_for_where_none_are_given(repository, network_path, task):
+    coadds = make_coadds(repository, arrays())
+    given = Table({"x": X[1:] + 900, "y": Y[1:] + 500})  # a peak is missing
+    assert task.config.deblend.findNewPeaks is None
+    assert task.run(coadds, IDS, peaks=given).n_objects == 3
+    searching = make_task(network_path, {"findNewPeaks": True})
+    assert searching.run(coadds, IDS, peaks=given).n_objects == 4
+    own = task.run(coadds, IDS).objects
+    same = searching.run(coadds, IDS).objects
+    for name in own.colnames:
+        np.testing.assert_array_equal(own[name], same[name], err_msg=name)
+
+
+def test_errors_are_those_of_the_posterior(repository, network_path, task):
+    coadds = make_coadds(repository, arrays())
+    objects = task.run(coadds, IDS).objects
+    network = load_network(network_path)
+    scene = scene_from_cell_coadds(coadds, BANDS)
+    sources = deblend(scene, network).sources
+    posterior = sample_posterior(sources, network, scene.psf)
+    for b, band in enumerate(BANDS):
+        np.testing.assert_array_equal(objects[f"{band}_fluxErr"], posterior.flux_err[:, b])
+        assert (objects[f"{band}_fluxErr"] > sources.flux_err[:, b]).all()
+    for k, name in enumerate(("xx", "yy", "xy")):
+        np.testing.assert_array_equal(objects[f"shape_{name}"], posterior.shape[:, k])
+        np.testing.assert_array_equal(objects[f"shape_{name}Err"], posterior.shape_err[:, k])
+    without = make_task(network_path, posteriorSamples=0).run(coadds, IDS).objects
+    np.testing.assert_array_equal(without["r_fluxErr"], sources.flux_err[:, 1])
+    assert np.isnan(without["shape_xxErr"]).all()
+
+
+def test_what_concerns_most_objects_is_warned_about(repository, tmp_path, caplog):
+    narrow = dataclasses.replace(
+        metadata(), training_range={"noise": dict.fromkeys(BANDS, [5.0, 6.0]), "psf_fwhm": [0.3, 2.0]}
+    )
+    task = make_task(write_network(tmp_path, narrow))
+    with caplog.at_level("INFO"):
+        result = task.run(make_coadds(repository, arrays()), IDS)
+    assert np.asarray(result.objects["deblend_flag_outside_training_range"]).all()
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert warning.startswith("4 of 4 objects have noise or seeing outside of what network synthetic was")
+    assert "in the bands g r i with network synthetic (gri) on CPUExecutionProvider" in caplog.text
+
+
+def test_patches_that_do_not_settle_are_warned_about(repository, network_path, caplog):
+    task = make_task(network_path, {"maxIterations": 1, "fluxTolerance": 1e-9})
+    with caplog.at_level("WARNING"):
+        objects = task.run(make_coadds(repository, arrays()), IDS).objects
+    count = int(np.sum(objects["deblend_flag_no_convergence"]))
+    assert 2 < count <= 4
+    assert f"{count} of 4 objects had not settled at the limit (deblend.maxIterations)" in caplog.text
+
+
 def test_models_render_again_from_the_table(repository, network_path):
     task = make_task(network_path, doWriteResidual=True)
     coadds = make_coadds(repository, arrays())
@@ -296,6 +400,12 @@ def test_without_residual_none_is_made(repository, task):
         ("executionProviders", ["cuda"], "'cuda' is no execution provider"),
         ("badMaskPlanes", ["DETECTED"], "nothing is left to deblend"),
         ("threads", -1, "threads"),
+        ("posteriorSamples", 3, "must be even, not 3"),
+        # A string is no list of letters.
+        ("executionProviders", "cuda", r"'cuda' is no .* executionProviders=\['CUDAExecutionProvider', 'CPU"),
+        ("executionProviders", "CudaExecutionProvider", "the right form is .*CUDAExecutionProvider"),
+        ("executionProviders", ["NoSuchExecutionProvider"], "no execution provider of onnxruntime"),
+        ("executionProviders", "", "executionProviders"),
     ],
 )
 def test_configuration_is_validated(field, value, message):
@@ -303,6 +413,28 @@ def test_configuration_is_validated(field, value, message):
     with pytest.raises(FieldValidationError, match=message):
         setattr(config, field, value)
         config.validate()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "CUDAExecutionProvider,CPUExecutionProvider",
+        "['CUDAExecutionProvider', 'CPUExecutionProvider']",
+        ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    ],
+)
+def test_providers_may_come_as_a_string(value, tmp_path):
+    config = VaeDeblendConfig()
+    config.executionProviders = value
+    config.validate()
+    expected = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert list(config.executionProviders) == expected
+    config.save(tmp_path / "config.py")
+    again = VaeDeblendConfig()
+    again.load(tmp_path / "config.py")
+    assert list(again.executionProviders) == expected
+    again.executionProviders = "CUDAExecutionProvider"
+    assert list(again.executionProviders) == expected[:1]
 
 
 def test_the_overrides_for_gpus_are_valid():
@@ -325,8 +457,8 @@ def test_connections_follow_the_configuration():
 
 
 def test_a_required_provider_that_is_absent(repository, network_path):
-    task = make_task(network_path, executionProviders=["NoSuchExecutionProvider"], requireProvider=True)
-    with pytest.raises(NetworkError, match="'NoSuchExecutionProvider' is required"):
+    task = make_task(network_path, executionProviders="TensorrtExecutionProvider", requireProvider=True)
+    with pytest.raises(NetworkError, match="'TensorrtExecutionProvider' is required"):
         task.run(make_coadds(repository, arrays()), IDS)
 
 
@@ -350,7 +482,12 @@ def filled(repository, network_path):
 
 @pytest.fixture(scope="module")
 def run(filled, network_path):
-    config = {"network": network_path, "doWriteResidual": True}
+    config = {
+        "network": network_path,
+        "doWriteResidual": True,
+        "deblend.allowMissingBands": False,
+        "executionProviders": "CPUExecutionProvider",
+    }
     return run_pipetask(filled.root, "test/run", config=config)
 
 

@@ -21,6 +21,7 @@ from lsst.meas.vaedeblend.adapters.afw_scene import (
     psf_grid,
     scene_from_exposures,
     set_plane,
+    uncalibrated_unit,
     union_planes,
 )
 from lsst.meas.vaedeblend.ground.psf import gaussian_psf
@@ -100,7 +101,16 @@ def test_mask_planes_go_by_name(wcs):
         "g": exposure(wcs, "g", planes={"SAT": saturated}),
         "r": exposure(wcs, planes={"EDGE": edge}),
     }
-    scene = scene_from_exposures(coadds, ["r", "g", "i"], bad_planes=["SAT", "NO_SUCH_PLANE"])
+    # The name in lsst.images will do, and so will planes that these coadds do not have.
+    for names in (["SAT", "UNMASKEDNAN"], ["SATURATED"]):
+        scene = scene_from_exposures(coadds, ["r", "g", "i"], bad_planes=names)
+        np.testing.assert_array_equal(scene.valid[1], ~saturated)
+    with pytest.raises(ValueError, match="no mask plane NO_SUCH_PLANE; the coadds have .*SAT"):
+        scene_from_exposures(coadds, ["r", "g", "i"], bad_planes=["SAT", "NO_SUCH_PLANE"])
+    with pytest.raises(ValueError, match="no mask plane NO_SUCH_PLANE"):
+        union_planes([c.mask for c in coadds.values()], ["NO_SUCH_PLANE"])
+    default = scene_from_exposures(coadds, ["r", "g"])
+    np.testing.assert_array_equal(default.valid, ~np.stack([edge, saturated]))
     assert scene.bands == ("r", "g", "i")
     np.testing.assert_array_equal(scene.valid[1], ~saturated)
     assert scene.valid[0].all() and not scene.valid[2].any()
@@ -109,6 +119,22 @@ def test_mask_planes_go_by_name(wcs):
     union = union_planes([c.mask for c in coadds.values()], ["SAT", "EDGE"])
     np.testing.assert_array_equal(union["SAT"], saturated)
     np.testing.assert_array_equal(union["EDGE"], edge)
+
+
+def test_units_that_contradict_the_calibration_are_warned_about(wcs, caplog):
+    r = exposure(wcs)
+    assert uncalibrated_unit(r, 1.0) is None
+    for unit, scale, expected in (
+        ("nJy", 1.0, None),
+        ("adu", 57.5, None),
+        ("adu", 1.0, "adu"),
+        ("?", 1.0, "?"),
+    ):
+        r.getMetadata().set("BUNIT", unit)
+        assert uncalibrated_unit(r, scale) == expected
+    with caplog.at_level("WARNING"):
+        scene_from_exposures({"r": r}, ["r"])
+    assert "band r has units uncalibrated: BUNIT is '?'" in caplog.text
 
 
 def test_psfs_are_evaluated_where_they_hold(wcs):

@@ -387,9 +387,9 @@ def test_a_band_without_psf(repository):
     assert incomplete[~np.array(result.objectParents["merge_peak_sky"])].all()
 
 
-def make_task(repository, find_new_peaks=False, **settings):
+def make_task(repository, findNewPeaks=False, **settings):
     config = VaeDeblendFootprintsTask.ConfigClass()
-    config.multibandDeblend.deblend.find_new_peaks = find_new_peaks
+    config.multibandDeblend.deblend.findNewPeaks = findNewPeaks
     for name, value in settings.items():
         setattr(config.multibandDeblend, name, value)
     init = {
@@ -438,7 +438,7 @@ def test_peaks_of_the_residual_become_objects_if_wanted(repository):
     coadds = {b: repository.get("deepCoadd_calexp", "detections", SPARSE, band=b) for b in BANDS}
     merged = repository.get("deepCoadd_mergeDet", "detections", SPARSE)
     few = run_task(repository, merged, coadds).deblendedCatalog
-    result = run_task(repository, merged, coadds, find_new_peaks=True)
+    result = run_task(repository, merged, coadds, findNewPeaks=True)
     many = result.deblendedCatalog
     assert len(many) > len(few)
     ids = np.array(many["id"])

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ground.bands import reference_band
-from .ground.flags import PARENT_FLAGS, SOURCE_FLAGS
+from .ground.flags import PARENT_FLAGS, SKIP_FLAGS, SOURCE_FLAGS
 from .ground.psf import adaptive_moments
 from .sources import ParentSummary, SourceModels
 
 if TYPE_CHECKING:
     from astropy.table import Table
+
+    from .posterior import Posterior
 
 __all__ = ["Sky", "models_table", "object_table", "parent_table"]
 
@@ -33,7 +35,11 @@ def _table(columns: list[tuple[str, NDArray, str, str]]) -> Table:
 
 
 def object_table(
-    sources: SourceModels, parents: ParentSummary, sky: Sky | None = None, band: str | None = None
+    sources: SourceModels,
+    parents: ParentSummary,
+    sky: Sky | None = None,
+    band: str | None = None,
+    posterior: Posterior | None = None,
 ) -> Table:
     """Make the catalogue of deblended objects.
 
@@ -47,7 +53,10 @@ def object_table(
         Takes arrays of tract pixels x, y to arrays of right ascension and declination, degree. Without it
         there are no coordinates on the sky.
     band : `str`, optional
-        Band in which shapes are measured, by default that of `reference_band`.
+        Band in which shapes are measured, by default that of the posterior or of `reference_band`.
+    posterior : `lsst.meas.vaedeblend.posterior.Posterior`, optional
+        Fluxes, shapes and their errors over the posterior. Without it errors of fluxes are those of the joint
+        solution, and shapes in the network's frame have none.
 
     Returns
     -------
@@ -57,12 +66,16 @@ def object_table(
     Raises
     ------
     ValueError
-        Raised if the sources have no such band, or a source's parent is not among the parents.
+        Raised if the sources have no such band, the posterior's shapes are of another, or a source's parent
+        is not among the parents.
     """
     n, (y0, x0) = len(sources), sources.origin
-    band = reference_band(sources.bands) if band is None else band
+    if band is None:
+        band = reference_band(sources.bands) if posterior is None else posterior.shape_band
     if band not in sources.bands:
         raise ValueError(f"The sources have bands {list(sources.bands)}, none is {band!r}.")
+    if posterior is not None and posterior.shape_band != band:
+        raise ValueError(f"The posterior has shapes in {posterior.shape_band}, not in {band}.")
     row = {int(number): i for i, number in enumerate(parents.id)}
     lost = sorted(set(sources.parent.tolist()) - set(row))
     if lost:
@@ -81,15 +94,22 @@ def object_table(
             ("coord_ra", np.asarray(ra, float), "deg", "Right ascension of the centroid (ICRS)"),
             ("coord_dec", np.asarray(dec, float), "deg", "Declination of the centroid (ICRS)"),
         ]
+    flux, flux_err = sources.flux, sources.flux_err
+    moments, moments_err = None, np.full((n, 3), np.nan)
+    if posterior is not None:
+        flux, flux_err = posterior.flux, posterior.flux_err
+        moments, moments_err = posterior.shape, posterior.shape_err
+    if moments is None:
+        moments = adaptive_moments(sources.model_frame[:, sources.bands.index(band)])
     for i, name in enumerate(sources.bands):
         columns += [
             (
                 f"{name}_flux",
-                sources.flux[:, i],
+                flux[:, i],
                 "nJy",
                 f"Flux of the model in {name}, fitted with its siblings",
             ),
-            (f"{name}_fluxErr", sources.flux_err[:, i], "nJy", f"Standard deviation of the flux in {name}"),
+            (f"{name}_fluxErr", flux_err[:, i], "nJy", f"Standard deviation of the flux in {name}"),
             (
                 f"{name}_fluxNetwork",
                 sources.flux_network[:, i],
@@ -97,16 +117,18 @@ def object_table(
                 f"Flux that goes with the latents in {name}",
             ),
         ]
-    moments = adaptive_moments(sources.model_frame[:, sources.bands.index(band)])
     with np.errstate(invalid="ignore", divide="ignore"):
         size = moments[:, 0] + moments[:, 1]
         e1, e2 = (moments[:, 0] - moments[:, 1]) / size, 2 * moments[:, 2] / size
     where = f"of the model in {band}, in the network's frame"
-    posterior = sources.latent_sigma.astype(float)
+    width = sources.latent_sigma.astype(float)
     columns += [
         ("shape_xx", moments[:, 0], "pix2", f"Adaptive second moment Ixx {where}"),
         ("shape_yy", moments[:, 1], "pix2", f"Adaptive second moment Iyy {where}"),
         ("shape_xy", moments[:, 2], "pix2", f"Adaptive second moment Ixy {where}"),
+        ("shape_xxErr", moments_err[:, 0], "pix2", "Standard deviation of shape_xx over the posterior"),
+        ("shape_yyErr", moments_err[:, 1], "pix2", "Standard deviation of shape_yy over the posterior"),
+        ("shape_xyErr", moments_err[:, 2], "pix2", "Standard deviation of shape_xy over the posterior"),
         ("shape_e1", e1, "", f"Ellipticity (Ixx - Iyy) / (Ixx + Iyy) {where}"),
         ("shape_e2", e2, "", f"Ellipticity 2 Ixy / (Ixx + Iyy) {where}"),
     ]
@@ -130,11 +152,11 @@ def object_table(
     columns += [
         (
             "deblend_posteriorWidth",
-            posterior.mean(axis=1),
+            width.mean(axis=1),
             "",
             "Mean width of the posterior over the latents",
         ),
-        ("deblend_posteriorWidthMax", posterior.max(axis=1, initial=0), "", "Largest width of the posterior"),
+        ("deblend_posteriorWidthMax", width.max(axis=1, initial=0), "", "Largest width of the posterior"),
         ("deblend_peak_center_x", sources.peak_x + x0, "pix", "The peak, tract pixel column"),
         ("deblend_peak_center_y", sources.peak_y + y0, "pix", "The peak, tract pixel row"),
         ("deblend_iteration", sources.iteration, "", "Iteration that accepted the source; 0 for first peaks"),
@@ -203,6 +225,13 @@ def parent_table(parents: ParentSummary, sky: Sky | None = None) -> Table:
         ("deblend_chi2_start", parents.chi2_start, "", "Sum over them of squared image over variance"),
         ("deblend_chi2", parents.chi2, "", "Sum over them of squared residual over variance"),
     ]
+    skipped = {
+        name: (parents.flags.get(f"skipped_{name}", np.zeros(n, dtype=bool)), doc)
+        for name, doc in SKIP_FLAGS.items()
+    }
+    any_reason = np.any([value for value, _ in skipped.values()], axis=0)
+    columns.append(("deblend_skipped", any_reason, "", "The parent was not deblended and has no objects"))
+    columns += [(f"deblend_skipped_{name}", value, "", doc) for name, (value, doc) in skipped.items()]
     for name, doc in PARENT_FLAGS.items():
         value = parents.flags.get(name, np.zeros(n, dtype=bool))
         columns.append((f"deblend_flag_{name}", value, "", doc))

@@ -197,7 +197,7 @@ def evaluate() -> None:
 @click.option("--detect", is_flag=True, help="Find the peaks, instead of starting from the true centres.")
 @click.option("--network", default="lsst_ugrizy", show_default=True, help="Name or path of the network.")
 @click.option("--threads", default=1, show_default=True, help="Threads of onnxruntime; 0: all.")
-@click.option("-c", "--config", multiple=True, help="Setting of the procedure, as in -c refinement_steps=0.")
+@click.option("-c", "--config", multiple=True, help="Setting of the procedure, as in -c refinementSteps=0.")
 def fields(
     directory: Path, out: Path, detect: bool, network: str, threads: int, config: tuple[str, ...]
 ) -> None:

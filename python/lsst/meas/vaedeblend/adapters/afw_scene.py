@@ -13,25 +13,32 @@ __all__ = [
     "psf_grid",
     "scene_from_exposures",
     "set_plane",
+    "uncalibrated_unit",
     "union_planes",
 ]
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import astropy.units as u
 import numpy as np
 from lsst.geom import Box2I, Point2D
 from lsst.pex.exceptions import Exception as StackException
 from numpy.typing import NDArray
 
 from ..scene import Parent, PsfGrid, Scene
+from .mask_planes import BAD_PLANES, check_planes, names_in
 
 if TYPE_CHECKING:
     from lsst.afw.detection import Footprint, Psf
     from lsst.afw.image import ExposureF, Mask
     from lsst.afw.math import BackgroundList
     from lsst.cell_coadds import MultipleCellCoadd
+
+
+_LOG = logging.getLogger("lsst.meas.vaedeblend.adapters")
 
 
 def exposure_from_cells(coadd: MultipleCellCoadd, background: BackgroundList) -> ExposureF:
@@ -77,11 +84,34 @@ def calibration(exposure: ExposureF, default: float | None = None) -> float:
     calib = exposure.getPhotoCalib()
     if calib is None:
         if default is None:
-            raise ValueError("The coadd has no photometric calibration.")
+            raise ValueError("The coadd has units uncalibrated: it has no photometric calibration.")
         return default
     if not calib._isConstant:
         raise ValueError(f"The coadd's calibration varies over the image: {calib}.")
     return float(calib.getCalibrationMean())
+
+
+def uncalibrated_unit(exposure: ExposureF, scale: float) -> str | None:
+    """Tell whether a coadd's header contradicts a scale of 1 nJy.
+
+    Parameters
+    ----------
+    exposure : `lsst.afw.image.ExposureF`
+        The coadd.
+    scale : `float`
+        nJy per unit of the image, as its calibration or the configuration has it.
+
+    Returns
+    -------
+    unit : `str` or `None`
+        What ``BUNIT`` says, if that is no unit that converts to nJy although the scale is that of calibrated
+        images.
+    """
+    metadata = exposure.getMetadata()
+    if scale != 1.0 or metadata is None or "BUNIT" not in metadata:
+        return None
+    text = str(metadata.getScalar("BUNIT"))
+    return None if u.Unit(text, parse_strict="silent").is_equivalent(u.nJy) else text
 
 
 def plane(mask: Mask, name: str) -> NDArray[np.bool_]:
@@ -92,16 +122,17 @@ def plane(mask: Mask, name: str) -> NDArray[np.bool_]:
     mask : `lsst.afw.image.Mask`
         The mask.
     name : `str`
-        Name of the plane.
+        Name of the plane, in afw or in lsst.images.
 
     Returns
     -------
     image : `numpy.ndarray`, (H, W)
         True where it is set.
     """
-    if name not in mask.getMaskPlaneDict():
+    names = names_in(name, mask.getMaskPlaneDict())
+    if not names:
         return np.zeros(mask.array.shape, bool)
-    return (mask.array & mask.getPlaneBitMask(name)) != 0
+    return (mask.array & mask.getPlaneBitMask(names)) != 0
 
 
 def union_planes(masks: Sequence[Mask], names: Iterable[str]) -> dict[str, NDArray[np.bool_]]:
@@ -112,13 +143,20 @@ def union_planes(masks: Sequence[Mask], names: Iterable[str]) -> dict[str, NDArr
     masks : sequence of `lsst.afw.image.Mask`
         Masks of the bands.
     names : iterable of `str`
-        Names of the planes.
+        Names of the planes, in afw or in lsst.images.
 
     Returns
     -------
     planes : `dict` [`str`, `numpy.ndarray`], (H, W)
         The union of each plane.
+
+    Raises
+    ------
+    ValueError
+        Raised if nobody knows a mask plane.
     """
+    names = list(names)
+    check_planes(names, {name for mask in masks for name in mask.getMaskPlaneDict()})
     return {name: np.logical_or.reduce([plane(mask, name) for mask in masks]) for name in names}
 
 
@@ -176,7 +214,7 @@ def scene_from_exposures(
     exposures: Mapping[str, ExposureF],
     bands: Sequence[str],
     *,
-    bad_planes: Sequence[str],
+    bad_planes: Sequence[str] = BAD_PLANES,
     edge_plane: str = "EDGE",
     psf_cell: tuple[int, int] = (300, 300),
     psf_origin: tuple[int, int] | None = None,
@@ -191,8 +229,9 @@ def scene_from_exposures(
         Coadds by band, on one bounding box.
     bands : sequence of `str`
         Bands of the scene in order. One without a coadd is wholly invalid and has no PSF.
-    bad_planes : sequence of `str`
-        Mask planes whose pixels may not be used; those a mask does not have are passed over.
+    bad_planes : sequence of `str`, optional
+        Mask planes whose pixels may not be used, by their names in afw or in lsst.images (see
+        `lsst.meas.vaedeblend.adapters.mask_planes`); those that a coadd does not have are passed over.
     edge_plane : `str`, optional
         Mask plane of pixels that detection could not reach.
     psf_cell : `tuple` [`int`], optional
@@ -212,7 +251,8 @@ def scene_from_exposures(
     Raises
     ------
     ValueError
-        Raised if there is no coadd, their boxes differ, or a calibration or the WCS is missing.
+        Raised if there is no coadd, their boxes differ, nobody knows a mask plane, or a calibration or the
+        WCS is missing.
     """
     if not exposures:
         raise ValueError("No coadd to make a scene of.")
@@ -220,6 +260,7 @@ def scene_from_exposures(
     box = first.getBBox()
     if other := [band for band, exposure in exposures.items() if exposure.getBBox() != box]:
         raise ValueError(f"The coadds of {other} are on other boxes than {box}.")
+    check_planes(bad_planes, {name for e in exposures.values() for name in e.mask.getMaskPlaneDict()})
     shape = (len(bands), box.getHeight(), box.getWidth())
     image, variance = np.zeros(shape, np.float32), np.ones(shape, np.float32)
     valid, edge = np.zeros(shape, bool), np.zeros(shape[1:], bool)
@@ -228,6 +269,13 @@ def scene_from_exposures(
             continue
         exposure = exposures[band]
         scale = calibration(exposure) if scales is None else scales[band]
+        if unit := uncalibrated_unit(exposure, scale):
+            _LOG.warning(
+                "The coadd of band %s has units uncalibrated: BUNIT is %r, which does not convert to nJy, "
+                "and its calibration is 1 nJy.",
+                band,
+                unit,
+            )
         image[b] = exposure.image.array * scale
         variance[b] = exposure.variance.array * scale**2
         valid[b] = ~np.logical_or.reduce(

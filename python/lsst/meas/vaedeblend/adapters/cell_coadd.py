@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-__all__ = ["masked_image", "scene_from_cell_coadds"]
+__all__ = ["masked_image", "scene_from_cell_coadds", "union_planes"]
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 import astropy.units as u
 import numpy as np
@@ -17,15 +18,18 @@ from lsst.images.cells import CellCoadd
 
 from ..scene import PsfGrid, Scene, find_parents
 from .footprints import parents_from_peaks
+from .mask_planes import BAD_PLANES, check_planes, names_in
+
+_LOG = logging.getLogger("lsst.meas.vaedeblend.adapters")
 
 
 def scene_from_cell_coadds(
     coadds: Mapping[str, CellCoadd],
     bands: Sequence[str] | None = None,
     *,
-    bad_planes: Sequence[str] = ("NO_DATA", "SATURATED"),
+    bad_planes: Sequence[str] = BAD_PLANES,
     detected_plane: str | None = "DETECTED",
-    edge_plane: str = "DETECTION_EDGE",
+    edge_plane: str = "EDGE",
     peaks: Table | None = None,
 ) -> Scene:
     """Make the deblender's scene from the coadds of one patch.
@@ -42,10 +46,12 @@ def scene_from_cell_coadds(
         Bands of the scene in order, by default those of ``coadds``. A band without coadd is wholly invalid
         and has no PSF.
     bad_planes : sequence of `str`, optional
-        Mask planes whose pixels may not be used.
+        Mask planes whose pixels may not be used, by their names in lsst.images or in afw (see
+        `lsst.meas.vaedeblend.adapters.mask_planes`); those that a coadd does not have are passed over.
     detected_plane, edge_plane : `str`, optional
-        Mask planes of detected pixels, and of pixels that detection could not reach; the latter may be
-        absent. Without the name of the former the scene has no parents but those of given peaks.
+        Mask planes of detected pixels, and of pixels that detection could not reach. Without the name of the
+        former the scene has no parents but those of given peaks, and a coadd that does not have it is warned
+        about.
     peaks : `astropy.table.Table`, optional
         Columns ``x`` and ``y`` (tract pixel) and optionally ``parent``, see `parents_from_peaks`. Without it
         the parents have no peaks and the deblender finds them.
@@ -58,8 +64,8 @@ def scene_from_cell_coadds(
     Raises
     ------
     ValueError
-        Raised when there is no coadd, coadds differ in their cell grid or tract, a mask plane does not exist,
-        a unit is not a flux density per pixel, or the peak table lacks a column.
+        Raised when there is no coadd, coadds differ in their cell grid or tract, nobody knows a mask plane, a
+        unit is not a flux density per pixel, or the peak table lacks a column.
     """
     if not coadds:
         raise ValueError("No coadd to make a scene of.")
@@ -72,17 +78,17 @@ def scene_from_cell_coadds(
             raise ValueError(f"The cell grid of band {band}, {coadd.grid}, is not the others', {first.grid}.")
         if (coadd.skymap, coadd.tract) != (first.skymap, first.tract):
             raise ValueError(f"Band {band} is of tract {coadd.tract}, the others of {first.tract}.")
-        for plane in (*bad_planes, detected_plane):
-            if plane is not None and plane not in coadd.mask.schema.names:
-                raise ValueError(
-                    f"The coadd of band {band} has no mask plane {plane}; it has "
-                    f"{', '.join(coadd.mask.schema.names)}."
-                )
+    check_planes(bad_planes, {name for coadd in coadds.values() for name in coadd.mask.schema.names})
+    if detected_plane is not None:
+        bare = [b for b, coadd in coadds.items() if detected_plane not in coadd.mask.schema.names]
+        if bare:
+            _LOG.warning(
+                "The coadds of band %s have no mask plane %s: nothing counts as detected there.",
+                ", ".join(bare),
+                detected_plane,
+            )
 
-    box = Box(
-        y=Interval.hull(*(i for c in coadds.values() for i in (c.bbox.y.min, c.bbox.y.max))),
-        x=Interval.hull(*(i for c in coadds.values() for i in (c.bbox.x.min, c.bbox.x.max))),
-    )
+    box = _hull(coadds)
     shape = (len(bands), box.y.size, box.x.size)
     image = np.zeros(shape, np.float32)
     variance = np.ones(shape, np.float32)
@@ -93,21 +99,20 @@ def scene_from_cell_coadds(
         if band not in coadds:
             continue
         coadd = coadds[band]
-        try:
-            to_njy = coadd.unit.to(u.nJy)
-        except u.UnitConversionError as error:
-            raise ValueError(f"The unit of band {band}, {coadd.unit}, does not convert to nJy.") from error
+        to_njy = _nanojansky(coadd, band)
         part = (coadd.bbox.y.slice_within(box.y), coadd.bbox.x.slice_within(box.x))
         image[b][part] = coadd.image.array * to_njy
         variance[b][part] = coadd.variance.array * to_njy**2
         bad = np.zeros(coadd.image.array.shape, bool)
+        present = coadd.mask.schema.names
         for plane in bad_planes:
-            bad |= coadd.mask.get(plane)
+            for name in names_in(plane, present):
+                bad |= coadd.mask.get(name)
         valid[b][part] = ~bad
-        if detected_plane is not None:
+        if detected_plane is not None and detected_plane in present:
             detected[part] |= coadd.mask.get(detected_plane)
-        if edge_plane in coadd.mask.schema.names:
-            edge[part] |= coadd.mask.get(edge_plane)
+        for name in names_in(edge_plane, present):
+            edge[part] |= coadd.mask.get(name)
 
     if peaks is None:
         parents = find_parents(detected)
@@ -128,6 +133,57 @@ def scene_from_cell_coadds(
         edge=edge,
         origin=(box.y.start, box.x.start),
     )
+
+
+def union_planes(coadds: Mapping[str, CellCoadd], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Where mask planes are set in any band.
+
+    Parameters
+    ----------
+    coadds : mapping of `str` to `lsst.images.cells.CellCoadd`
+        Coadds by band.
+    names : iterable of `str`
+        Names of the planes, in lsst.images or in afw.
+
+    Returns
+    -------
+    planes : `dict` [`str`, `numpy.ndarray`], (H, W)
+        The union of each plane, on the box of `scene_from_cell_coadds`.
+
+    Raises
+    ------
+    ValueError
+        Raised if nobody knows a mask plane.
+    """
+    names, box = list(names), _hull(coadds)
+    check_planes(names, {name for coadd in coadds.values() for name in coadd.mask.schema.names})
+    planes = {name: np.zeros((box.y.size, box.x.size), bool) for name in names}
+    for coadd in coadds.values():
+        part = (coadd.bbox.y.slice_within(box.y), coadd.bbox.x.slice_within(box.x))
+        for name, union in planes.items():
+            for own in names_in(name, coadd.mask.schema.names):
+                union[part] |= coadd.mask.get(own)
+    return planes
+
+
+def _hull(coadds: Mapping[str, CellCoadd]) -> Box:
+    """Smallest box that holds all coadds."""
+    return Box(
+        y=Interval.hull(*(i for c in coadds.values() for i in (c.bbox.y.min, c.bbox.y.max))),
+        x=Interval.hull(*(i for c in coadds.values() for i in (c.bbox.x.min, c.bbox.x.max))),
+    )
+
+
+def _nanojansky(coadd: CellCoadd, band: str) -> float:
+    """nJy per unit of a coadd."""
+    unit = coadd.unit
+    try:
+        return float(unit.to(u.nJy))
+    except (AttributeError, u.UnitConversionError) as error:
+        raise ValueError(
+            f"The coadd of band {band} has units uncalibrated: its unit, {unit or 'none'}, does not convert "
+            "to nJy."
+        ) from error
 
 
 def masked_image(

@@ -12,121 +12,130 @@ __all__ = ["DeblendConfig"]
 class DeblendConfig(Config):
     """Configuration of the iterative procedure."""
 
-    min_passes = RangeField[int](
+    minPasses = RangeField[int](
         doc="Passes through the network at the start and, without refinement, for a trial of new peaks. From "
         "the second on, cutouts have their neighbours subtracted.",
         default=3,
         min=1,
     )
-    max_iterations = RangeField[int](
+    maxIterations = RangeField[int](
         doc="Rounds of refinement and peak search after the first passes. A parent that still changes then "
         "is flagged no_convergence.",
         default=6,
         min=0,
     )
-    flux_tolerance = RangeField[float](
+    fluxTolerance = RangeField[float](
         doc="Fluxes have settled when none changes by more than this times its standard deviation, or by "
         "more than this times a tenth of itself.",
         default=0.1,
         min=0.0,
         inclusiveMin=False,
     )
-    refinement_steps = RangeField[int](
+    refinementSteps = RangeField[int](
         doc="Gauss-Newton steps in which the latents are refined on the pixels after the first passes, after "
         "new peaks were accepted, and in the end; 0 keeps the network's own answers. Networks without a "
         "Jacobian are not refined.",
         default=4,
         min=0,
     )
-    refinement_tolerance = RangeField[float](
+    refinementTolerance = RangeField[float](
         doc="A source has settled when a step promises to lower chi-square by less than this.",
         default=0.5,
         min=0.0,
     )
-    refinement_prior = RangeField[float](
+    refinementPrior = RangeField[float](
         doc="Precision of the latents' normal prior in the refinement. Below 1 shapes of faint sources are "
         "less round, and all that is measured of them is noisier.",
         default=0.5,
         min=0.0,
         inclusiveMin=False,
     )
-    refinement_model_error = RangeField[float](
+    refinementModelError = RangeField[float](
         doc="Relative error of the models that the refinement adds in quadrature to the noise: what the "
         "decoder cannot draw of a bright galaxy is not to be made up for by its faint neighbours.",
         default=0.03,
         min=0.0,
     )
-    posterior_scale = RangeField[float](
+    posteriorScale = RangeField[float](
         doc="Factor on the widths of the refined posterior. The linear approximation knows neither the "
         "errors of the decoder nor tails of the population; the default is what held-out fields ask for.",
         default=1.25,
         min=0.0,
         inclusiveMin=False,
     )
-    flux_systematic = RangeField[float](
+    fluxSystematic = RangeField[float](
         doc="Relative error of the fluxes of refined sources that is added in quadrature: what the "
         "decoder cannot draw.",
         default=0.015,
         min=0.0,
     )
-    refinement_batch = RangeField[int](
+    refinementBatch = RangeField[int](
         doc="Sources that are refined jointly; bounds the memory, about half a megabyte each.",
         default=512,
         min=1,
     )
-    find_new_peaks = Field[bool](doc="Look for further peaks in the residuals?", default=True)
-    peak_threshold = RangeField[float](
+    findNewPeaks = Field[bool](
+        doc="Look for further peaks in the residuals? The tasks also take None, their default: in patches "
+        "that come without peaks. Where peaks are given they say what there is, and what remains of galaxies "
+        "larger than the network's cutout would pass for more.",
+        default=True,
+        optional=True,
+    )
+    peakThreshold = RangeField[float](
         doc="Significance of the peaks to start from in parents that come without any.", default=5.0, min=0.0
     )
-    new_peak_threshold = RangeField[float](
+    newPeakThreshold = RangeField[float](
         doc="Significance that a peak in the residual needs to be tried.", default=6.0, min=0.0
     )
-    min_separation = RangeField[float](
+    minSeparation = RangeField[float](
         doc="Distance that found peaks keep from each other and from existing sources, pixel.",
         default=3.0,
         min=0.0,
     )
-    model_error = RangeField[float](
+    modelError = RangeField[float](
         doc="Relative error of the models. In the search and the trial of new peaks it is added in "
         "quadrature to the noise, so that what is left of a bright galaxy does not pass for sources.",
         default=0.2,
         min=0.0,
     )
-    max_new_peaks = RangeField[int](doc="Peaks tried at once in one parent.", default=8, min=1)
-    max_peaks = RangeField[int](
+    maxNewPeaks = RangeField[int](doc="Peaks tried at once in one parent.", default=8, min=1)
+    maxPeaks = RangeField[int](
         doc="Sources in one parent. Of more given peaks only the brightest are deblended; the others keep "
         "a row without a model.",
         default=1000,
         min=1,
     )
-    cost_per_parameter = RangeField[float](
+    costPerParameter = RangeField[float](
         doc="Decrease of chi-square that a source must bring for each of its parameters: a flux per band, "
         "two coordinates, size and two ellipticities.",
         default=4.0,
         min=0.0,
     )
-    drop_given_peaks = Field[bool](
+    dropGivenPeaks = Field[bool](
         doc="Drop given peaks too when they bring less? Otherwise they are kept and flagged insignificant.",
         default=False,
     )
-    flux_prior = RangeField[float](
+    fluxPrior = RangeField[float](
         doc="Weight of the network's own flux in the joint solution, relative to that of the data. A small "
         "one keeps sources that almost coincide from trading flux.",
         default=1e-4,
         min=1e-9,
     )
-    edge_distance = RangeField[int](
+    edgeDistance = RangeField[int](
         doc="A peak closer than this to the border or to a pixel marked as edge is flagged, pixel.",
         default=5,
         min=0,
     )
-    batch_size = RangeField[int](
+    batchSize = RangeField[int](
         doc="Cutouts that go through the network at once; bounds the memory it takes.", default=128, min=1
     )
-    allow_missing_bands = Field[bool](
-        doc="Deblend scenes that lack some of the network's bands? Their fluxes are NaN and flagged.",
-        default=False,
+    allowMissingBands = Field[bool](
+        doc="Deblend scenes that lack some of the network's bands? Objects are flagged missing_band, and "
+        "have no flux there. Patches that lack a band are common where surveys begin and end, and scarlet "
+        "deblends them. Otherwise there is no work to do for such patches.",
+        default=True,
     )
-    allow_other_pixel_scale = Field[bool](
-        doc="Deblend scenes with another pixel scale than the network's?", default=False
+    allowOtherPixelScale = Field[bool](
+        doc="Deblend scenes with another pixel scale than the network's? Sizes come out wrong by the ratio.",
+        default=False,
     )

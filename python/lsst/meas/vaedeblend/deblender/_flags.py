@@ -46,7 +46,7 @@ def source_flags(state: State, rows: NDArray[np.int64]) -> dict[str, NDArray[np.
 
 def _edge(state: State, x: NDArray[np.int64], y: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether pixels are close to the border or to pixels marked as edge."""
-    d, (height, width) = state.config.edge_distance, state.scene.shape
+    d, (height, width) = state.config.edgeDistance, state.scene.shape
     out = (x < d) | (y < d) | (x >= width - d) | (y >= height - d)
     if state.scene.edge is not None:
         for i in np.flatnonzero(~out):

@@ -67,7 +67,7 @@ def _ask(state: State, rows: NDArray[np.int64]) -> None:
 
 def try_by_passes(state: State, parents: list[int], new: NDArray[np.int64]) -> None:
     """Fit parents that have new sources."""
-    for _ in range(state.config.min_passes):
+    for _ in range(state.config.minPasses):
         take_pass(state, parents)
 
 

@@ -56,8 +56,8 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
         raise ValueError(
             f"The scene has bands {list(scene.bands)}, the network {list(bands)}: none in common."
         )
-    scene = scene.reordered(bands, allow_missing=config.allow_missing_bands)
-    if not config.allow_other_pixel_scale:
+    scene = scene.reordered(bands, allow_missing=config.allowMissingBands)
+    if not config.allowOtherPixelScale:
         network.check(pixel_scale=scene.pixel_scale)
     if not scene.psf.valid.any():
         raise ValueError("The scene has no PSF in any cell and band.")
@@ -96,7 +96,7 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
 def _go_on_with_passes(state: State, parents: list[int]) -> None:
     """Take another pass with those parents that have not settled, then try new peaks."""
     moving, open_ = parents, _to_search(state, parents)
-    for iteration in range(1, state.config.max_iterations + 1):
+    for iteration in range(1, state.config.maxIterations + 1):
         if not moving and not open_:
             break
         moving = improve(state, moving)
@@ -111,7 +111,7 @@ def _go_on_with_passes(state: State, parents: list[int]) -> None:
 
 def _to_search(state: State, parents: list[int]) -> list[int]:
     """The parents in which to look for new peaks: all at first, then only those that got some."""
-    return parents if state.config.find_new_peaks else []
+    return parents if state.config.findNewPeaks else []
 
 
 def _either(some: list[int], others: list[int]) -> list[int]:

@@ -25,7 +25,7 @@ def place_first(state: State) -> None:
         parent_flags["parent_too_big"][p] = max(parent.footprint.shape) > state.size
         first = parent.peaks if len(parent.peaks) else _find(state, p)
         chosen = np.ones(len(first), bool)
-        if len(first) > config.max_peaks:
+        if len(first) > config.maxPeaks:
             parent_flags["too_many_peaks"][p] = True
             chosen[:] = False
             chosen[_brightest(state, p, first)] = True
@@ -51,7 +51,7 @@ def _brightest(state: State, p: int, peaks: NDArray) -> NDArray[np.int64]:
     inside = (x >= 0) & (y >= 0) & (x < significance.shape[1]) & (y < significance.shape[0])
     brightness = np.full(len(peaks), -np.inf)
     brightness[inside] = significance[y[inside], x[inside]]
-    return np.sort(np.argsort(-brightness, kind="stable")[: state.config.max_peaks])
+    return np.sort(np.argsort(-brightness, kind="stable")[: state.config.maxPeaks])
 
 
 def _find(state: State, p: int) -> NDArray[np.float64]:
@@ -60,10 +60,10 @@ def _find(state: State, p: int) -> NDArray[np.float64]:
     if not state.parent_flags["masked"][p]:
         significance, y, x = state.significance(p)
         inside = state.footprint(p, significance.shape, y, x)
-        found = find_peaks(significance, config.peak_threshold, inside, config.min_separation)
-        if len(found) > config.max_peaks:
+        found = find_peaks(significance, config.peakThreshold, inside, config.minSeparation)
+        if len(found) > config.maxPeaks:
             state.parent_flags["too_many_peaks"][p] = True
-            found = found[: config.max_peaks]
+            found = found[: config.maxPeaks]
         if len(found):
             return found + [x, y]
         row, column = np.unravel_index(np.argmax(np.where(inside, significance, -np.inf)), inside.shape)

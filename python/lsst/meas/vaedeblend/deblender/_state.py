@@ -55,7 +55,7 @@ class State:
         self.detection_sigma = np.median(self.psf_sigma, axis=0)
         self.drawing = choose_drawing(network, self.renderer, self.moments)
         # Decrease of chi-square that a source must bring.
-        self.cost = config.cost_per_parameter * (int(self.usable.sum()) + 5)
+        self.cost = config.costPerParameter * (int(self.usable.sum()) + 5)
         # Of the parents.
         n = len(scene.parents)
         self.parent_flags = {name: np.zeros(n, bool) for name in PARENT_FLAGS}

@@ -87,19 +87,19 @@ def _find(state: State, parents: list[int]) -> list[_Trial]:
 def _candidates(state: State, p: int, n_members: int, tree: cKDTree) -> NDArray[np.float64]:
     """Peaks in the residual of a parent that are away from all sources in a tree."""
     config = state.config
-    room = min(config.max_new_peaks, config.max_peaks - n_members)
+    room = min(config.maxNewPeaks, config.maxPeaks - n_members)
     if room <= 0:
         return np.empty((0, 2))
-    significance, y, x = state.significance(p, config.model_error)
+    significance, y, x = state.significance(p, config.modelError)
     inside = state.footprint(p, significance.shape, y, x)
     # A maximum where no band has data is the work of the filter.
     height, width = inside.shape
     inside &= state.valid[:, y : y + height, x : x + width].any(axis=0)
-    found = find_peaks(significance, config.new_peak_threshold, inside, config.min_separation) + [x, y]
+    found = find_peaks(significance, config.newPeakThreshold, inside, config.minSeparation) + [x, y]
     if len(found):
-        near = tree.query(found)[0] < config.min_separation
+        near = tree.query(found)[0] < config.minSeparation
         if state.rejected[p]:
             old = cKDTree(np.array(state.rejected[p])).query(found)[0]
-            near |= old < max(config.min_separation, 1.0)
+            near |= old < max(config.minSeparation, 1.0)
         found = found[~near]
     return found[:room]

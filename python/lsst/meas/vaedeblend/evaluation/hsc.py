@@ -172,7 +172,13 @@ def evaluate_hsc(
     factor = calibration_factor(blends, metadata)
 
     repository = _fill_repository(out_dir / "repo", blends, factor)
-    config = {"network": network, "usePeaks": True, "doWriteResidual": True}
+    # The blends' peaks are scarlet's; how many objects this deblender adds is part of what is measured.
+    config = {
+        "network": network,
+        "usePeaks": True,
+        "doWriteResidual": True,
+        "deblend.findNewPeaks": True,
+    }
     process = run_pipetask(repository.root, _OUTPUT, config=config, processes=processes)
     (out_dir / "pipetask.log").write_text(process.stdout)
 

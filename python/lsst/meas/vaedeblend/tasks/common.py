@@ -1,36 +1,56 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the tasks share: the configuration of network and procedure, and their run on a scene."""
+"""What the tasks share: their configuration, and what becomes of a scene whatever data model it came by."""
 
 from __future__ import annotations
 
 __all__ = [
     "DeblendTaskConfig",
     "NoFiniteModelError",
+    "Patch",
     "check_bands",
     "check_quantum",
     "configured_network",
+    "deblend_patch",
     "network_metadata",
     "record_run",
     "run_procedure",
 ]
 
+import dataclasses
+import difflib
 import functools
 import logging
 import os
-from collections.abc import Collection, MutableMapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from lsst.pex.config import Config, ConfigField, Field, FieldValidationError, ListField, RangeField
-from lsst.pipe.base import AlgorithmError, NoWorkFound
+import numpy as np
+from lsst.pex.config import (
+    ConfigField,
+    Field,
+    FieldValidationError,
+    ListField,
+    RangeField,
+)
+from lsst.pex.config.callStack import StackFrame, getCallStack
+from lsst.pipe.base import AlgorithmError, NoWorkFound, TaskMetadata
+from numpy.typing import NDArray
 
+from ..adapters.mask_planes import BAD_PLANES
 from ..deblender import DeblendConfig, DeblendResult, deblend
 from ..ground.flags import SOURCE_FLAGS
 from ..network import Network, NetworkError, NetworkMetadata, load_network, read_metadata, resolve
+from ..posterior import Posterior, sample_posterior
 from ..scene import Scene
+from ..sources import ParentSummary
+from .limits import LimitsConfig, skip_reasons, with_skipped
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.tasks")
+
+# Part of the objects that makes a flag a matter of the whole patch.
+_MOST = 0.5
 
 
 class NoFiniteModelError(AlgorithmError):
@@ -53,8 +73,28 @@ class NoFiniteModelError(AlgorithmError):
         return {"network": self.network, "n_objects": self.n_objects}
 
 
-class DeblendTaskConfig(Config):
-    """Configuration of the network and the procedure, which every task that deblends has."""
+class _ProvidersField(ListField):
+    """A list of names that takes a string for one name, or several with commas between them.
+
+    ``-c label:executionProviders=CUDAExecutionProvider`` assigns a string, which a plain list field takes for
+    a list of letters.
+    """
+
+    def __set__(
+        self,
+        instance: Any,
+        value: Any,
+        at: list[StackFrame] | None = None,
+        label: str = "assignment",
+    ) -> None:
+        if isinstance(value, str):
+            value = [name.strip().strip("'\"") for name in value.strip().strip("[]()").split(",")]
+            value = [name for name in value if name]
+        super().__set__(instance, value, at=getCallStack() if at is None else at, label=label)
+
+
+class DeblendTaskConfig(LimitsConfig):
+    """Configuration that every task that deblends has, whatever data model its coadds come by."""
 
     network = Field[str](
         doc=(
@@ -63,8 +103,12 @@ class DeblendTaskConfig(Config):
         ),
         default="lsst_ugrizy",
     )
-    executionProviders = ListField[str](
-        doc="Execution providers of onnxruntime in order of preference; the CPU is always the last resort.",
+    executionProviders = _ProvidersField(
+        doc=(
+            "Execution providers of onnxruntime in order of preference, such as ['CUDAExecutionProvider', "
+            "'CPUExecutionProvider'], or one as a string; the CPU is always the last resort."
+        ),
+        dtype=str,
         default=["CPUExecutionProvider"],
         minLength=1,
     )
@@ -72,34 +116,70 @@ class DeblendTaskConfig(Config):
         doc="Fail when the first execution provider is not available, instead of using the next.",
         default=False,
     )
-    threads = RangeField[int](
-        doc="Threads of onnxruntime; 0 leaves the number to it.", default=1, min=0, inclusiveMin=True
+    threads = RangeField(
+        dtype=int,
+        doc="Threads of onnxruntime; 0 leaves the number to it.",
+        default=1,
+        min=0,
+        inclusiveMin=True,
     )
-    allowMissingBands = Field[bool](
+    badMaskPlanes = ListField[str](
         doc=(
-            "Deblend patches that lack coadds in some bands of the network; the objects are flagged and "
-            "have no flux there. Otherwise there is no work to do for such patches."
+            "Mask planes whose pixels are not used. Names are those of afw or of lsst.images; planes that "
+            "the coadds do not have are passed over."
         ),
-        default=False,
+        default=list(BAD_PLANES),
     )
-    allowOtherPixelScale = Field[bool](
-        doc="Deblend coadds whose pixel scale is not the network's; sizes come out wrong by the ratio.",
-        default=False,
+    posteriorSamples = RangeField(
+        dtype=int,
+        doc=(
+            "Draws from the posterior of each object, an even number, for the errors of shapes and, where "
+            "latents were not refined on the pixels, of fluxes. With 0 shapes have none."
+        ),
+        default=8,
+        min=0,
     )
     deblend = ConfigField[DeblendConfig](doc="The iterative procedure.")
 
+    def setDefaults(self) -> None:
+        super().setDefaults()
+        self.deblend.findNewPeaks = None
+
     def validate(self) -> None:
         super().validate()
+        cls = self.__class__
         if not self.network.strip():
-            raise FieldValidationError(self.__class__.network, self, "A network must be named.")
+            raise FieldValidationError(cls.network, self, "A network must be named.")
         for provider in self.executionProviders:
-            if not provider.endswith("ExecutionProvider"):
-                raise FieldValidationError(
-                    self.__class__.executionProviders,
-                    self,
-                    f"{provider!r} is no execution provider; they are called CPUExecutionProvider, "
-                    "CUDAExecutionProvider and so on.",
-                )
+            if complaint := _no_provider(provider):
+                raise FieldValidationError(cls.executionProviders, self, complaint)
+        if "DETECTED" in self.badMaskPlanes:
+            raise FieldValidationError(
+                cls.badMaskPlanes, self, "Without the DETECTED pixels nothing is left to deblend."
+            )
+        if self.posteriorSamples % 2:
+            raise FieldValidationError(
+                cls.posteriorSamples, self, f"The number of draws must be even, not {self.posteriorSamples}."
+            )
+
+
+def _no_provider(name: str) -> str | None:
+    """Say what is wrong with the name of an execution provider, if anything is."""
+    if name == "CPUExecutionProvider":
+        return None
+    import onnxruntime
+
+    known = onnxruntime.get_all_providers()
+    if name in known:
+        return None
+    lower = {provider.lower(): provider for provider in known}
+    wanted = name.lower().removesuffix("executionprovider") + "executionprovider"
+    close = difflib.get_close_matches(wanted, lower, n=1, cutoff=0.85)
+    right = lower[close[0]] if close else "CUDAExecutionProvider"
+    return (
+        f"{name!r} is no execution provider of onnxruntime; the right form is "
+        f"executionProviders=['{right}', 'CPUExecutionProvider'] or executionProviders={right}."
+    )
 
 
 def configured_network(config: DeblendTaskConfig) -> Network:
@@ -157,8 +237,14 @@ def network_metadata(name_or_path: str) -> NetworkMetadata:
     return _metadata_of(str(path), status.st_mtime_ns, status.st_size)
 
 
-def check_bands(present: Collection[str], bands: Collection[str], allow_missing: bool, where: str) -> None:
-    """Check that the coadds suffice.
+def check_bands(
+    present: Collection[str],
+    bands: Collection[str],
+    config: DeblendTaskConfig,
+    where: str,
+    log: logging.Logger | Any,
+) -> None:
+    """Check that the coadds suffice, and warn if any is missing.
 
     Parameters
     ----------
@@ -166,10 +252,12 @@ def check_bands(present: Collection[str], bands: Collection[str], allow_missing:
         Bands that have a coadd.
     bands : collection of `str`
         Bands of the network.
-    allow_missing : `bool`
-        Whether some of them may be missing.
+    config : `DeblendTaskConfig`
+        Says whether bands may be missing.
     where : `str`
         The patch, for the message.
+    log : `logging.Logger`
+        Takes the warning: what has no work to do is otherwise not told from what failed to be found.
 
     Raises
     ------
@@ -177,10 +265,22 @@ def check_bands(present: Collection[str], bands: Collection[str], allow_missing:
         Raised when a band that is needed has no coadd.
     """
     missing = [band for band in bands if band not in present]
-    if missing and (not allow_missing or len(missing) == len(bands)):
-        raise NoWorkFound(
-            f"No coadd in band {', '.join(missing)} for {where}: the network needs {''.join(bands)}."
+    if not missing:
+        return
+    what = f"No coadd in band {', '.join(missing)} for {where}: the network needs {''.join(bands)}"
+    if len(missing) == len(bands):
+        what += "."
+    elif config.deblend.allowMissingBands:
+        log.warning(
+            "%s, and objects have no flux there and are flagged missing_band "
+            "(deblend.allowMissingBands=False leaves such patches out).",
+            what,
         )
+        return
+    else:
+        what += ", because deblend.allowMissingBands is False."
+    log.warning("%s", what)
+    raise NoWorkFound(what)
 
 
 def check_quantum(present: Collection[str], config: DeblendTaskConfig, where: str) -> None:
@@ -202,18 +302,108 @@ def check_quantum(present: Collection[str], config: DeblendTaskConfig, where: st
     lsst.pipe.base.NoWorkFound
         Raised when a band that is needed has no coadd.
     """
-    bands = network_metadata(config.network).bands
+    check_bands(present, network_metadata(config.network).bands, config, where, _LOG)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patch:
+    """What became of the parents of a patch.
+
+    Parameters
+    ----------
+    result : `lsst.meas.vaedeblend.deblender.DeblendResult`
+        Sources, residual, and those parents that were deblended.
+    posterior : `lsst.meas.vaedeblend.posterior.Posterior`
+        Fluxes and shapes of the sources with their errors.
+    skipped : `dict` [`int`, `str`]
+        Ids of the parents that were not deblended, and why.
+    parents : `lsst.meas.vaedeblend.sources.ParentSummary`
+        All parents, in the scene's order.
+    """
+
+    result: DeblendResult
+    posterior: Posterior
+    skipped: dict[int, str]
+    parents: ParentSummary
+
+
+def deblend_patch(
+    scene: Scene,
+    network: Network,
+    config: DeblendTaskConfig,
+    log: logging.Logger | Any,
+    metadata: TaskMetadata,
+    masks: Mapping[str, NDArray[np.bool_]],
+) -> Patch:
+    """Deblend a scene as the task is configured to: the part that no data model has a say in.
+
+    Parameters
+    ----------
+    scene : `lsst.meas.vaedeblend.scene.Scene`
+        The scene in the network's bands, with all of its parents.
+    network : `lsst.meas.vaedeblend.network.Network`
+        The network.
+    config : `DeblendTaskConfig`
+        Configuration of the task.
+    log : `logging.Logger`
+        Logger of the task.
+    metadata : `lsst.pipe.base.TaskMetadata`
+        Metadata of the task, where it is noted what ran and what came of it.
+    masks : mapping of `str` to `numpy.ndarray`, (H, W)
+        Where each mask plane of ``config.maskLimits`` is set in any band.
+
+    Returns
+    -------
+    patch : `Patch`
+        The result.
+
+    Raises
+    ------
+    NetworkError
+        Raised when the network does not go with the scene's bands or pixel scale.
+    """
+    parents = list(scene.parents)
+    skipped = skip_reasons(scene, masks, config)
+    scene.parents = [parent for parent in parents if parent.id not in skipped]
+    used = [b for b, some in zip(scene.bands, scene.valid.any(axis=(1, 2)), strict=True) if some]
+    log.info(
+        "Deblending %d parents in the bands %s with network %s (%s) on %s.",
+        len(scene.parents),
+        " ".join(used),
+        network.metadata.name,
+        "".join(network.metadata.bands),
+        network.provider,
+    )
+    if skipped:
+        log.info("%d parents are beyond a limit or masked, and are skipped.", len(skipped))
     try:
-        check_bands(present, bands, config.allowMissingBands, where)
-    except NoWorkFound as reason:
-        _LOG.info("%s", reason)
-        raise
+        result = run_procedure(scene, network, config, log)
+    finally:
+        scene.parents = parents
+    posterior = sample_posterior(
+        result.sources, network, scene.psf, _draws(network, config.posteriorSamples, log)
+    )
+    record_run(metadata, network, result, skipped)
+    _warn(result, network, log)
+    whole = with_skipped(result.parents, scene, parents, skipped, network.metadata.cutout_size)
+    return Patch(result, posterior, skipped, whole)
+
+
+def _draws(network: Network, n_samples: int, log: logging.Logger | Any) -> int:
+    """Number of draws from the posterior; none without a decoder."""
+    if n_samples:
+        try:
+            _ = network.decoder
+        except NetworkError as error:
+            log.warning("Shapes have no errors: %s", error)
+            return 0
+    return n_samples
 
 
 def run_procedure(
     scene: Scene, network: Network, config: DeblendTaskConfig, log: logging.Logger | Any
 ) -> DeblendResult:
-    """Deblend a scene as the task is configured to.
+    """Run the iterative procedure on a scene, as the task is configured to.
 
     Parameters
     ----------
@@ -236,37 +426,58 @@ def run_procedure(
     NetworkError
         Raised when the network does not go with the scene's bands or pixel scale.
     """
-    allow_scale = config.allowOtherPixelScale or config.deblend.allow_other_pixel_scale
     try:
         network.check(pixel_scale=scene.pixel_scale)
     except NetworkError as error:
-        if not allow_scale:
-            raise
+        if not config.deblend.allowOtherPixelScale:
+            raise NetworkError(f"{error} deblend.allowOtherPixelScale lets it pass.") from error
         log.warning("Going on as configured: %s", error)
-    # The two exceptions are the task's to grant.
     procedure = DeblendConfig()
     procedure.update(**config.deblend.toDict())
-    procedure.allow_missing_bands |= config.allowMissingBands
-    procedure.allow_other_pixel_scale = allow_scale
+    if procedure.findNewPeaks is None:
+        procedure.findNewPeaks = not any(len(parent.peaks) for parent in scene.parents)
     return deblend(scene, network, procedure)
 
 
-def record_run(metadata: MutableMapping[str, Any], network: Network, result: DeblendResult) -> None:
+def _warn(result: DeblendResult, network: Network, log: logging.Logger | Any) -> None:
+    """Warn of what concerns most objects: then it is no matter of single ones."""
+    n, flags = len(result.sources), result.sources.flags
+    if n and (count := int(flags["outside_training_range"].sum())) > _MOST * n:
+        log.warning(
+            "%d of %d objects have noise or seeing outside of what network %s was trained on: their shapes "
+            "and errors cannot be relied on.",
+            count,
+            n,
+            network.metadata.name,
+        )
+    if n and (count := int(flags["no_convergence"].sum())) > _MOST * n:
+        log.warning("%d of %d objects had not settled at the limit (deblend.maxIterations).", count, n)
+
+
+def record_run(
+    metadata: TaskMetadata,
+    network: Network,
+    result: DeblendResult,
+    skipped: Collection[int] = (),
+) -> None:
     """Note in a task's metadata what ran and what came of it.
 
     Parameters
     ----------
-    metadata : mapping
+    metadata : `lsst.pipe.base.TaskMetadata`
         Metadata of the task.
     network : `lsst.meas.vaedeblend.network.Network`
         The network.
     result : `lsst.meas.vaedeblend.deblender.DeblendResult`
         The result.
+    skipped : collection of `int`, optional
+        Ids of the parents that were not deblended.
     """
     metadata["network"] = network.metadata.name
     metadata["network_sha256"] = network.metadata.weights_sha256
     metadata["execution_provider"] = network.provider
-    metadata["n_parents"] = len(result.parents)
+    metadata["n_parents"] = len(result.parents) + len(skipped)
+    metadata["n_skipped"] = len(skipped)
     metadata["n_objects"] = len(result.sources)
     for flag in SOURCE_FLAGS:
         metadata[f"n_flag_{flag}"] = int(result.sources.flags[flag].sum())

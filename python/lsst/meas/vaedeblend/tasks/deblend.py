@@ -13,11 +13,11 @@ __all__ = [
 ]
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import lsst.pipe.base.connectionTypes as cT
 import numpy as np
-from lsst.pex.config import Field, FieldValidationError, ListField
+from lsst.pex.config import Field
 from lsst.pipe.base import (
     AnnotatedPartialOutputsError,
     NoWorkFound,
@@ -28,18 +28,18 @@ from lsst.pipe.base import (
 )
 from lsst.utils.timer import timeMethod
 
-from ..adapters.cell_coadd import masked_image, scene_from_cell_coadds
+from ..adapters.cell_coadd import masked_image, scene_from_cell_coadds, union_planes
 from ..catalog import models_table, object_table, parent_table
 from ..network import NetworkError
+from ..sources import ParentSummary, SourceModels
 from .common import (
     DeblendTaskConfig,
     NoFiniteModelError,
     check_bands,
     check_quantum,
     configured_network,
+    deblend_patch,
     network_metadata,
-    record_run,
-    run_procedure,
 )
 from .identifiers import PatchIds
 
@@ -126,7 +126,7 @@ class VaeDeblendConnections(
         bands = network_metadata(self.config.network).bands
         connection, refs = inputs["coadds"]
         kept = [ref for ref in refs if ref.dataId["band"] in bands]
-        present = {ref.dataId["band"] for ref in kept}
+        present = {str(ref.dataId["band"]) for ref in kept}
         check_quantum(present, self.config, f"{label} at {data_id}")
         adjusted_inputs = {"coadds": (connection, kept)}
         adjusted_outputs = {}
@@ -141,20 +141,15 @@ class VaeDeblendConnections(
 
 
 class VaeDeblendConfig(PipelineTaskConfig, DeblendTaskConfig, pipelineConnections=VaeDeblendConnections):
-    """Configuration of `VaeDeblendTask`."""
+    """Configuration of `VaeDeblendTask`.
 
-    badMaskPlanes = ListField[str](
-        doc="Mask planes whose pixels are not used.", default=["NO_DATA", "SATURATED"]
-    )
+    What it has beyond `~lsst.meas.vaedeblend.tasks.common.DeblendTaskConfig` is what only this task reads or
+    writes: a table of peaks, which the stack has in its merged detections, and residual images, which
+    measurement in the stack makes of the models.
+    """
+
     usePeaks = Field[bool](doc="Start from a table of peaks, instead of finding them.", default=False)
     doWriteResidual = Field[bool](doc="Write the residual images.", default=False)
-
-    def validate(self) -> None:
-        super().validate()
-        if "DETECTED" in self.badMaskPlanes:
-            raise FieldValidationError(
-                self.__class__.badMaskPlanes, self, "Without the DETECTED pixels nothing is left to deblend."
-            )
 
 
 class VaeDeblendTask(PipelineTask):
@@ -186,11 +181,11 @@ class VaeDeblendTask(PipelineTask):
         refs = {ref.dataId["band"]: ref for ref in inputRefs.coadds}
         bands = network.metadata.bands
         data_id = butlerQC.quantum.dataId
-        check_bands(set(refs), bands, self.config.allowMissingBands, str(data_id))
+        assert data_id is not None, "the quanta of a task with dimensions have data IDs"
         coadds = {band: butlerQC.get(refs[band]) for band in bands if band in refs}
         peaks = butlerQC.get(inputRefs.peaks) if self.config.usePeaks else None
 
-        outputs = self.run(coadds, PatchIds(data_id["tract"], data_id["patch"]), peaks=peaks)
+        outputs = self.run(coadds, PatchIds(int(data_id["tract"]), int(data_id["patch"])), peaks=peaks)
         butlerQC.put(outputs.objects, outputRefs.objects)
         butlerQC.put(outputs.parents, outputRefs.parents)
         butlerQC.put(outputs.models, outputRefs.models)
@@ -240,35 +235,35 @@ class VaeDeblendTask(PipelineTask):
             raise NetworkError(
                 f"Network {network.metadata.name} has bands {list(bands)}; there are coadds in {others} too."
             )
-        check_bands(
-            set(coadds), bands, self.config.allowMissingBands, f"patch {ids.patch} of tract {ids.tract}"
-        )
+        where = f"patch {ids.patch} of tract {ids.tract}"
+        check_bands(set(coadds), bands, self.config, where, self.log)
         scene = scene_from_cell_coadds(
             coadds, bands, bad_planes=tuple(self.config.badMaskPlanes), peaks=peaks
         )
         if not scene.parents:
-            raise NoWorkFound(
-                f"No DETECTED pixel in patch {ids.patch} of tract {ids.tract}, and no peak given."
-            )
+            message = f"No DETECTED pixel in {where}, and no peak given."
+            self.log.warning("%s", message)
+            raise NoWorkFound(message)
 
-        result = run_procedure(scene, network, self.config, self.log)
-        self._identify(result, ids)
+        masks = union_planes(coadds, self.config.maskLimits)
+        patch = deblend_patch(scene, network, self.config, self.log, self.metadata, masks)
+        result, parents = patch.result, patch.parents
+        self._identify(result.sources, parents, ids)
         projection = next(iter(coadds.values())).sky_projection
 
         def sky(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            if not len(x):  # AST knows no empty set of points
+                return np.empty(0), np.empty(0)
             coord = projection.pixel_to_sky(x=x, y=y)
             return coord.ra.deg, coord.dec.deg
 
-        n_parents, n_objects = len(result.parents), len(result.sources)
+        n_objects = len(result.sources)
         not_finite = int(result.sources.flags["not_finite"].sum())
-        record_run(self.metadata, network, result)
         self.log.info(
-            "Deblended %d parents into %d objects in %s with network %s on %s.",
-            n_parents,
+            "%d parents gave %d objects; %d parents were skipped.",
+            len(parents),
             n_objects,
-            "".join(bands),
-            network.metadata.name,
-            network.provider,
+            len(patch.skipped),
         )
         residual = {}
         if self.config.doWriteResidual:
@@ -276,8 +271,8 @@ class VaeDeblendTask(PipelineTask):
                 if band in coadds:
                     residual[band] = masked_image(coadds[band], result.residual[b], scene.origin)
         return Struct(
-            objects=object_table(result.sources, result.parents, sky),
-            parents=parent_table(result.parents, sky),
+            objects=object_table(result.sources, parents, sky, posterior=patch.posterior),
+            parents=parent_table(parents, sky),
             models=models_table(result.sources),
             residual=residual,
             n_objects=n_objects,
@@ -285,9 +280,8 @@ class VaeDeblendTask(PipelineTask):
         )
 
     @staticmethod
-    def _identify(result: Any, ids: PatchIds) -> None:
+    def _identify(sources: SourceModels, parents: ParentSummary, ids: PatchIds) -> None:
         """Replace the scene's own numbers by identifiers that are unique over the sky map."""
-        parents, sources = result.parents, result.sources
         numbers = ids.parents(len(parents))
         lookup = dict(zip(parents.id.tolist(), numbers.tolist(), strict=True))
         sources.parent = np.array([lookup[parent] for parent in sources.parent.tolist()], np.int64)

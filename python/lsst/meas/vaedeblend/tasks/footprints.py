@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import astropy.units as u
 import lsst.pipe.base.connectionTypes as cT
-import numpy as np
 from lsst.meas.base import SkyMapIdGeneratorConfig
 from lsst.pex.config import ChoiceField, ConfigurableField, Field, FieldValidationError
 from lsst.pipe.base import (
@@ -33,7 +32,7 @@ from ..adapters.afw_scene import (
     calibration,
     exposure_from_cells,
 )
-from ..adapters.cell_coadd import scene_from_cell_coadds
+from ..adapters.cell_coadd import scene_from_cell_coadds, union_planes
 from .common import NoFiniteModelError, check_bands, check_quantum, network_metadata
 from .multiband import VaeMultibandDeblendTask
 
@@ -148,7 +147,7 @@ class VaeDeblendFootprintsConnections(
     ]:
         # Docstring inherited. Coadds in bands that the network does not know, or without the background that
         # goes with them, are not read; without any that is there is no work.
-        config = self.config.multibandDeblend
+        config = self.config.multibandDeblend.value
         bands = network_metadata(config.network).bands
         used = [name for name in self.config.image_connections() if name in inputs]
         present = set(bands)
@@ -178,7 +177,9 @@ class VaeDeblendFootprintsConfig(PipelineTaskConfig, pipelineConnections=VaeDebl
         },
         default="legacy",
     )
-    multibandDeblend = ConfigurableField(target=VaeMultibandDeblendTask, doc="Deblends the patch.")
+    multibandDeblend: ConfigurableField[Any] = ConfigurableField(
+        target=VaeMultibandDeblendTask, doc="Deblends the patch."
+    )
     idGenerator = SkyMapIdGeneratorConfig.make_field()
 
     def image_connections(self) -> tuple[str, ...]:
@@ -290,17 +291,19 @@ class VaeDeblendFootprintsTask(PipelineTask):
         config = self.multibandDeblend.config
         bands = network_metadata(config.network).bands
         given = coadds_future or coadds_cell or coadds or {}
-        check_bands(set(given), bands, config.allowMissingBands, "the patch")
+        check_bands(set(given), bands, config, "the patch", self.log)
         known = [band for band in bands if band in given]
         if coadds_future:
             return self._run_future({band: coadds_future[band] for band in known}, sources)
         cell = origin = None
         if coadds_cell:
+            assert backgrounds is not None, "cells come with their backgrounds"
             exposures = {band: exposure_from_cells(coadds_cell[band], backgrounds[band]) for band in known}
             grid = coadds_cell[known[0]].grid
             cell = (grid.cell_size.getY(), grid.cell_size.getX())
             origin = (grid.bbox.getMinY(), grid.bbox.getMinX())
         else:
+            assert coadds is not None, "check_bands has found some"
             exposures = {band: coadds[band] for band in known}
         scales = {band: calibration(exposure) for band, exposure in exposures.items()}
         return self.multibandDeblend.deblend_exposures(
@@ -310,23 +313,12 @@ class VaeDeblendFootprintsTask(PipelineTask):
     def _run_future(self, coadds: Mapping[str, CellCoadd], sources: SourceCatalog) -> Struct:
         """Deblend coadds that are `lsst.images.cells.CellCoadd`."""
         config = self.multibandDeblend.config
-        known = set.intersection(*(set(coadd.mask.schema.names) for coadd in coadds.values()))
         scene = scene_from_cell_coadds(
             coadds,
             network_metadata(config.network).bands,
-            bad_planes=[name for name in map(_future_plane, config.badMask) if name in known],
+            bad_planes=list(config.badMaskPlanes),
             detected_plane=None,
         )
-        planes = {
-            name: np.logical_or.reduce([coadd.mask.get(_future_plane(name)) for coadd in coadds.values()])
-            for name in config.maskLimits
-            if _future_plane(name) in known
-        }
+        planes = union_planes(coadds, config.maskLimits)
         scales = {band: float(coadd.unit.to(u.nJy)) for band, coadd in coadds.items()}
         return self.multibandDeblend.deblend_scene(scene, scales, sources, planes)
-
-
-def _future_plane(name: str) -> str:
-    """Name of a mask plane of afw in lsst.images."""
-    other = {"SAT": "SATURATED", "EDGE": "DETECTION_EDGE", "INTRP": "INTERPOLATED", "CR": "COSMIC_RAY"}
-    return other.get(name, name)

@@ -26,21 +26,23 @@ from ..adapters.afw_catalog import (
 )
 from ..adapters.afw_scarlet import to_model_data
 from ..adapters.afw_scene import scene_from_exposures, set_plane, union_planes
-from ..adapters.scarlet_file import ScarletModels, isolated_to_scarlet, models_to_scarlet
+from ..adapters.scarlet_file import (
+    FactorizedComponent,
+    ScarletModels,
+    isolated_to_scarlet,
+    models_to_scarlet,
+)
 from ..deblender import DeblendResult
 from ..ground.bands import reference_band
 from ..network import Network, NetworkError
-from ..posterior import sample_posterior
 from ..scene import Scene
 from .common import (
     DeblendTaskConfig,
     check_bands,
     configured_network,
+    deblend_patch,
     network_metadata,
-    record_run,
-    run_procedure,
 )
-from .limits import LimitsConfig, why_skipped
 
 if TYPE_CHECKING:
     from lsst.afw.detection import Footprint, PeakRecord
@@ -48,13 +50,14 @@ if TYPE_CHECKING:
     from lsst.afw.table import Schema, SourceCatalog
 
 
-class VaeMultibandDeblendConfig(DeblendTaskConfig, LimitsConfig):
-    """Configuration of `VaeMultibandDeblendTask`."""
+class VaeMultibandDeblendConfig(DeblendTaskConfig):
+    """Configuration of `VaeMultibandDeblendTask`.
 
-    badMask = ListField[str](
-        doc="Mask planes whose pixels are not used; those that the coadds do not have are passed over.",
-        default=["BAD", "NO_DATA", "SAT", "SUSPECT", "EDGE"],
-    )
+    What it has beyond `~lsst.meas.vaedeblend.tasks.common.DeblendTaskConfig` is what only the stack has:
+    pseudo sources among the detections, a mask to mark what was skipped, PSFs without cells, stored models of
+    scarlet's kind, and a caller that drops calibration and WCS.
+    """
+
     pseudoColumns = ListField[str](
         doc="Flags of detections that are never deblended, such as sky objects.",
         default=["merge_peak_sky", "sky_source"],
@@ -64,7 +67,8 @@ class VaeMultibandDeblendConfig(DeblendTaskConfig, LimitsConfig):
         default="NOT_DEBLENDED",
         optional=True,
     )
-    psfCellSize = RangeField[int](
+    psfCellSize = RangeField(
+        dtype=int,
         doc=(
             "Width of the cells in which the PSF counts as constant, pixel. Cell-based coadds have cells of "
             "their own."
@@ -72,15 +76,8 @@ class VaeMultibandDeblendConfig(DeblendTaskConfig, LimitsConfig):
         default=300,
         min=1,
     )
-    posteriorSamples = RangeField[int](
-        doc=(
-            "Draws from the posterior of each object, an even number, for the errors of shapes in the object "
-            "catalogue and, where latents were not refined on the pixels, of fluxes. With 0 shapes have none."
-        ),
-        default=8,
-        min=0,
-    )
-    modelTolerance = RangeField[float](
+    modelTolerance = RangeField(
+        dtype=float,
         doc=(
             "Error of a pixel of the stored models, and of the flux in circles around the object, as a part "
             "of its flux in a band. Faint objects are stored less exactly, but always far below their noise; "
@@ -89,7 +86,8 @@ class VaeMultibandDeblendConfig(DeblendTaskConfig, LimitsConfig):
         default=1e-3,
         min=1e-6,
     )
-    nanojanskyPerUnit = RangeField[float](
+    nanojanskyPerUnit = RangeField(
+        dtype=float,
         doc=(
             "Flux density of one unit of the images, nJy. Only read where the task is a subtask of another, "
             "because the multiband image it is given then has lost its calibration. Coadds of the LSST are "
@@ -99,21 +97,14 @@ class VaeMultibandDeblendConfig(DeblendTaskConfig, LimitsConfig):
         min=0.0,
         inclusiveMin=False,
     )
-    pixelScale = RangeField[float](
+    pixelScale = RangeField(
+        dtype=float,
         doc="Width of a pixel, arcsec, for the same case; by default that of the network.",
         default=None,
         optional=True,
         min=0.0,
         inclusiveMin=False,
     )
-
-    def setDefaults(self) -> None:
-        super().setDefaults()
-        # Patches that lack a band are common where surveys begin and end, and scarlet deblends them.
-        self.allowMissingBands = True
-        # Detection has said what there is. What remains of galaxies larger than the network's cutout would
-        # pass for more.
-        self.deblend.find_new_peaks = False
 
 
 class VaeMultibandDeblendTask(Task):
@@ -182,7 +173,7 @@ class VaeMultibandDeblendTask(Task):
         bands = network_metadata(self.config.network).bands
         exposures = {band: exposure for band, exposure in exposures.items() if band in bands}
         scales = dict.fromkeys(exposures, self.config.nanojanskyPerUnit)
-        check_bands(exposures, bands, self.config.allowMissingBands, "the patch")
+        check_bands(exposures, bands, self.config, "the patch", self.log)
         scale = self.config.pixelScale
         return self.deblend_exposures(
             exposures,
@@ -226,7 +217,7 @@ class VaeMultibandDeblendTask(Task):
         scene = scene_from_exposures(
             exposures,
             network_metadata(config.network).bands,
-            bad_planes=config.badMask,
+            bad_planes=list(config.badMaskPlanes),
             psf_cell=(config.psfCellSize, config.psfCellSize) if psf_cell is None else psf_cell,
             psf_origin=psf_origin,
             scales=scales,
@@ -286,19 +277,20 @@ class VaeMultibandDeblendTask(Task):
             raise NoWorkFound("No coadd of the patch has a PSF.")
         network = configured_network(self.config)
         families = read_parents(mergedSources, scene.origin, self.config.pseudoColumns)
-        active = self._select(families, scene, planes or {})
+        real = [family for family in families if family.peaks and not family.pseudo]
         result = posterior = None
         peaks: list[PeakRecord | None] = []
         peak_ids = np.empty(0, np.int64)
-        if active:
-            scene.parents = [family.parent for family in active]
-            result = run_procedure(scene, network, self.config, self.log)
-            record_run(self.metadata, network, result)
-            _adopt(active, result, mergedSources)
-            peaks, peak_ids = _assign_peaks(families, result)
-            posterior = sample_posterior(
-                result.sources, network, scene.psf, self.config.posteriorSamples, self.shape_band
-            )
+        if real:
+            scene.parents = [family.parent for family in real]
+            patch = deblend_patch(scene, network, self.config, self.log, self.metadata, planes or {})
+            for family in real:
+                family.skipped = patch.skipped.get(family.id)
+            active = [family for family in real if family.skipped is None]
+            if active:
+                result, posterior = patch.result, patch.posterior
+                _adopt(active, result, mergedSources)
+                peaks, peak_ids = _assign_peaks(families, result)
         models = self._models(scene, scales, families, result, peak_ids, network)
         components = {number: len(source.components) for number, source in models.sources().items()}
         missing_psf = not scene.psf.valid[:, scene.valid.any(axis=(1, 2))].any(axis=0).all()
@@ -324,26 +316,6 @@ class VaeMultibandDeblendTask(Task):
             n_objects=0 if result is None else len(result.sources),
             n_not_finite=0 if result is None else int(result.sources.flags["not_finite"].sum()),
         )
-
-    def _select(
-        self, families: Sequence[MergedParent], scene: Scene, planes: Mapping[str, NDArray[np.bool_]]
-    ) -> list[MergedParent]:
-        """Decide which parents are deblended, and note why others are not."""
-        usable = (scene.valid & scene.psf.valid.any(axis=0)[:, None, None]).any(axis=0)
-        active = []
-        for family in families:
-            if family.pseudo or not family.peaks:
-                continue
-            reason = why_skipped(family.parent, len(family.peaks), planes, self.config)
-            window, inside = family.parent.window(scene.shape)
-            if reason is None and not usable[window][inside].any():
-                reason = "masked"
-            if reason is None:
-                active.append(family)
-            elif len(family.peaks) > 1:
-                family.skipped = reason
-            # A single object beyond a limit needs no deblending: it stays as it is.
-        return active
 
     def _models(
         self,
@@ -383,6 +355,7 @@ class VaeMultibandDeblendTask(Task):
         unit = np.array([scales[band] for band in bands], np.float32)
         for source in scarlet.sources().values():
             for component in source.components:
+                assert isinstance(component, FactorizedComponent), "written by models_to_scarlet"
                 component.spectrum /= unit
         return scarlet
 
