@@ -40,13 +40,20 @@ class DeblendConfig(Config):
     )
     refinementTolerance = RangeField[float](
         doc="A source has settled when a step promises to lower chi-square by less than this.",
-        default=0.5,
+        default=2.0,
         min=0.0,
     )
     refinementPrior = RangeField[float](
         doc="Precision of the latents' normal prior in the refinement. Below 1 shapes of faint sources are "
         "less round, and all that is measured of them is noisier.",
-        default=0.5,
+        default=2.0,
+        min=0.0,
+        inclusiveMin=False,
+    )
+    refinementWall = RangeField[float](
+        doc="Distance of latents from the origin, in units of the root of their number, beyond which a steep "
+        "prior holds them: farther out the decoder draws what it has never seen.",
+        default=1.5,
         min=0.0,
         inclusiveMin=False,
     )

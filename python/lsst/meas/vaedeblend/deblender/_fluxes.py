@@ -50,7 +50,7 @@ def solve(state: State, rows: NDArray[np.int64]) -> None:
         good = measured[members].T
         normal = np.where(good[:, :, None] & good[:, None, :], normal, 0.0)
         found, deviation = joint_fluxes(
-            normal, rhs, r.network_flux[rows[members]].T, state.config.flux_prior
+            normal, rhs, r.network_flux[rows[members]].T, state.config.fluxPrior
         )
         flux[members], error[members] = found.T, deviation.T
     state.set_fluxes(rows, np.nan_to_num(flux))
@@ -62,7 +62,7 @@ def _alone(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The same solution for sources that overlap with none."""
     prior = state.rows.network_flux[rows]
-    weight = np.where(np.isfinite(prior), state.config.flux_prior, 0.0)
+    weight = np.where(np.isfinite(prior), state.config.fluxPrior, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         flux = (data + own * state.rows.flux[rows] + weight * own * np.nan_to_num(prior)) / (own * (1 + weight))
         error = 1.0 / np.sqrt(own * (1 + weight))

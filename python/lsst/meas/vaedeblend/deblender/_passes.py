@@ -29,7 +29,7 @@ def first_answers(state: State, parents: list[int]) -> None:
     rows = state.members_of(parents)
     _ask(state, rows)
     state.iterations[parents] += 1
-    for _ in range(state.config.min_passes - 1):
+    for _ in range(state.config.minPasses - 1):
         again = rows[_neighbours_light(state, rows) > _CHANGED * int(state.usable.sum())]
         if not len(again):
             break
@@ -59,7 +59,7 @@ def take_pass(state: State, parents: list[int]) -> None:
 
 def _ask(state: State, rows: NDArray[np.int64]) -> None:
     # Bounded pieces, so that the cutouts of a rich patch need not all exist at once.
-    piece = 4 * state.config.batch_size
+    piece = 4 * state.config.batchSize
     for start in range(0, len(rows), piece):
         apply_network(state, rows[start : start + piece])
     solve(state, rows)
@@ -91,7 +91,7 @@ def improve(state: State, parents: list[int]) -> list[int]:
             back[own] = True
             continue
         error = np.nan_to_num(r.error[rows[own]])
-        allowed = state.config.flux_tolerance * np.maximum(error, 0.1 * r.flux[rows[own]])
+        allowed = state.config.fluxTolerance * np.maximum(error, 0.1 * r.flux[rows[own]])
         if (np.abs(r.flux[rows[own]] - flux[own]) > allowed).any():
             moving.append(p)
     state.put_back(saved, back)
@@ -111,7 +111,7 @@ def apply_network(state: State, rows: NDArray[np.int64]) -> None:
         image[index] += square(r.stamps.images(rows[index]) * scale, state.size)
     image *= valid
     noise, cell = r.noise[rows], r.cell[rows]
-    mean, sigma, drawn = state.drawing.answer(image, valid, noise, cell, state.config.batch_size)
+    mean, sigma, drawn = state.drawing.answer(image, valid, noise, cell, state.config.batchSize)
     new = ~r.tried[rows]
     # Once the network has given a sound model, a later failure leaves that one in place.
     r.unsound[rows] = ~drawn.good

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ..network import Network
 from ..scene import Scene
@@ -61,11 +62,17 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
         network.check(pixel_scale=scene.pixel_scale)
     if not scene.psf.valid.any():
         raise ValueError("The scene has no PSF in any cell and band.")
-    state = State(scene, network, config)
+    # Many small matrices: threads of linear algebra would only get in each other's way, and in that of others.
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _deblend(State(scene, network, config))
+
+
+def _deblend(state: State) -> DeblendResult:
+    scene, config = state.scene, state.config
     place_first(state)
     parents = [p for p in range(len(scene.parents)) if len(state.members(p))]
     first_answers(state, parents)
-    if config.refinement_steps > 0 and isinstance(state.drawing, GridDrawing):
+    if config.refinementSteps > 0 and isinstance(state.drawing, GridDrawing):
         _go_on_with_refinement(state, parents)
     else:
         _go_on_with_passes(state, parents)
@@ -76,7 +83,7 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
     """Refine the sources, then try new peaks and refine those parents that have not settled."""
     refine(state, parents)
     open_ = _to_search(state, parents)
-    for iteration in range(1, state.config.max_iterations + 1):
+    for iteration in range(1, state.config.maxIterations + 1):
         moving = unsettled(state, parents)
         if not moving and not open_:
             break
@@ -90,7 +97,7 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
         refine(state, parents)
     set_posterior(state)
     r = state.rows
-    r.settled[:] = r.promise < state.config.refinement_tolerance
+    r.settled[:] = r.promise < 1.0
 
 
 def _go_on_with_passes(state: State, parents: list[int]) -> None:

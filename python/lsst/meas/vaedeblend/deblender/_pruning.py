@@ -55,7 +55,7 @@ def drop(state: State, p: int) -> NDArray[np.int64]:
     r, gone = state.rows, []
     while True:
         members = state.members(p)
-        free = members if state.config.drop_given_peaks else members[~r.given[members]]
+        free = members if state.config.dropGivenPeaks else members[~r.given[members]]
         # A parent keeps a source.
         if not len(free) or len(members) < 2:
             break

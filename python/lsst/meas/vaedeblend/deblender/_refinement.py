@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..inference import GaussNewton, kernels, overlapping_pairs
 from ..inference.groups import connected_groups
+from ..inference.prior import prior_derivatives, prior_penalty
 from ._drawing import GridDrawing
 from ._fluxes import solve
 from ._passes import apply_network
@@ -24,8 +25,15 @@ _MAX_STEP = 2.0
 _FIRST_DAMPING, _MORE, _LESS = 0.1, 10.0, 0.1
 """Damping after the first step that failed, and by how much it grows and shrinks."""
 
-_STUCK = 1e4
+_STUCK = 1e3
 """Damping at which a group counts as stuck."""
+
+_TRIES = 3
+"""Steps that are tried after one linearisation, each shorter than the one before."""
+
+_FLUX_TOLERANCE = 0.01
+"""Part of its flux to which a source is fitted in any case: bright ones need not be fitted to what is a small part
+of their noise."""
 
 _TRIAL_STEPS = 2
 """Steps of refinement before new peaks are judged."""
@@ -37,7 +45,7 @@ _LEAST_OVERLAP = 4
 def refine(state: State, parents: list[int], steps: int | None = None) -> None:
     """Refine the members of some parents until they settle, are stuck, or the steps are over."""
     rows = state.members_of(parents)
-    _take_steps(state, rows, state.config.refinement_steps if steps is None else steps)
+    _take_steps(state, rows, state.config.refinementSteps if steps is None else steps)
 
 
 def unsettled(state: State, parents: list[int]) -> list[int]:
@@ -90,45 +98,65 @@ def _take_steps(state: State, rows: NDArray[np.int64], steps: int) -> None:
 
 def _step(state: State, rows: NDArray[np.int64]) -> None:
     """One step of all sources of a batch that have not settled."""
-    r, config = state.rows, state.config
-    system = _linearise(state, rows)
-    damping = r.damping[rows]
-    change, gain = system.step(damping)
-    promise = gain if not damping.any() else system.step(np.zeros(len(rows)))[1]
+    r = state.rows
+    system, tolerance = _linearise(state, rows)
+    promise = system.step(np.zeros(len(rows)))[1]
     groups, count = system.groups, int(system.groups.max()) + 1
-    lost = ~np.isfinite(change).all(axis=1)
+    lost = ~np.isfinite(promise)
     bad = np.bincount(groups, weights=lost, minlength=count)[groups] > 0
     # What cannot be solved stays as it is.
     r.stuck[rows[bad]] = True
-    r.promise[rows] = np.where(np.isfinite(promise), promise, np.inf)
-    settled = ~bad & (r.promise[rows] < config.refinement_tolerance)
+    r.promise[rows] = np.where(lost, np.inf, promise) / tolerance
+    settled = ~bad & (r.promise[rows] < 1.0)
     r.settled[rows[settled]] = True
     moving = np.flatnonzero(~bad & ~settled)
-    if not len(moving):
-        return
+    for _ in range(_TRIES):
+        if not len(moving):
+            return
+        moving = moving[_try_step(state, rows, system, moving)]
+    # No step made these any better.
+    r.stuck[rows[moving]] = r.damping[rows[moving]] > _STUCK
+
+
+def _try_step(
+    state: State, rows: NDArray[np.int64], system: GaussNewton, moving: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Take a step with those sources of a batch that are moving; return which of them have to try a shorter one."""
+    r, config = state.rows, state.config
+    groups, count = system.groups, int(system.groups.max()) + 1
     own = rows[moving]
-    distance = np.sqrt((change[moving] ** 2).sum(axis=1, keepdims=True))
-    latent = r.mean[own] + change[moving] * np.minimum(1.0, _MAX_STEP / np.maximum(distance, 1e-12))
-    old_prior = (r.mean[own].astype(float) ** 2).sum(axis=1)
+    damping = np.zeros(len(rows))
+    damping[moving] = r.damping[own]
+    change, _ = system.step(_of_group(damping, groups, count), _MAX_STEP)
+    latent = r.mean[own] + change[moving]
+    before = prior_penalty(r.mean[own].astype(float), config.refinementPrior, config.refinementWall)
     drawn = state.drawing.draw(latent.astype(np.float32), r.noise[own], r.cell[own], r.wanted[own])
     saved = r.save(own)
     flux = np.where(r.measured[own], np.nan_to_num(drawn.flux), 0.0)
     difference = state.replace(own, drawn, flux)
     r.mean[own[drawn.good]] = latent[drawn.good]
-    difference += config.refinement_prior * ((r.mean[own].astype(float) ** 2).sum(axis=1) - old_prior)
+    after = prior_penalty(r.mean[own].astype(float), config.refinementPrior, config.refinementWall)
+    difference += after - before
     total = np.bincount(groups[moving], weights=difference, minlength=count)
     undrawn = np.bincount(groups[moving], weights=~drawn.good, minlength=count) > 0
     worse = (~(total <= 0.0) | undrawn)[groups[moving]]
     state.put_back(saved, worse)
     less, more = own[~worse], own[worse]
-    r.damping[less] = np.where(r.damping[less] < 1e-3, 0.0, _LESS * r.damping[less])
+    r.damping[less] = np.where(r.damping[less] < 1e-2, 0.0, _LESS * r.damping[less])
     r.damping[more] = np.maximum(_MORE * r.damping[more], _FIRST_DAMPING)
-    r.stuck[more] = r.damping[more] > _STUCK
+    return worse
+
+
+def _of_group(damping: NDArray, groups: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """The largest damping of each group's members, for all of them."""
+    most = np.zeros(count)
+    np.maximum.at(most, groups, damping)
+    return most[groups]
 
 
 def _batches(state: State, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Rows that are refined at once: whole groups of overlapping sources, as many as fit."""
-    size = state.config.refinement_batch
+    size = state.config.refinementBatch
     if len(rows) <= size:
         return [rows] if len(rows) else []
     groups = connected_groups(len(rows), overlapping_pairs(state.starts(rows), state.rows.stamps.width[rows]))
@@ -144,17 +172,22 @@ def _batches(state: State, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return pieces
 
 
-def _linearise(state: State, rows: NDArray[np.int64]) -> GaussNewton:
-    """The quadratic approximation of the posterior about where sources are."""
+def _linearise(state: State, rows: NDArray[np.int64]) -> tuple[GaussNewton, NDArray[np.float64]]:
+    """The quadratic approximation of the posterior about where sources are.
+
+    Also by how much less chi-square may be promised for a source to count as settled, (K,).
+    """
     assert isinstance(state.drawing, GridDrawing)
-    r, grids, prior = state.rows, state.drawing.grids, state.config.refinement_prior
+    r, grids, prior = state.rows, state.drawing.grids, state.config.refinementPrior
     state.soften(rows)
     k, length = r.mean[rows].shape
     gradient, block = np.empty((k, length)), np.empty((k, length, length))
     parts: dict[int, list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = {}
     place = np.empty((k, 2), np.int64)
     width = r.stamps.width[rows]
-    inner = np.minimum(_informative(state, rows), width)
+    inner, signal = _informative(state, rows)
+    inner = np.minimum(inner, width)
+    tolerance = np.maximum(state.config.refinementTolerance, _FLUX_TOLERANCE**2 * signal)
     for w, v in np.unique(np.stack([width, inner], 1), axis=0).tolist():
         index = np.flatnonzero((width == w) & (inner == v))
         own = rows[index]
@@ -170,25 +203,28 @@ def _linearise(state: State, rows: NDArray[np.int64]) -> GaussNewton:
         gradient[index], block[index] = found.gradient, found.block
         place[index] = coarse
         parts.setdefault(v, []).append((index, found.tangent))
-    gradient -= prior * r.mean[rows]
-    axis = np.arange(length)
-    block[:, axis, axis] += prior
+    wall = state.config.refinementWall
+    slope, curvature = prior_derivatives(r.mean[rows].astype(float), prior, wall)
+    gradient -= slope
+    block += curvature
     # A band in which a source is not measured has no say, and latents that overflow do not spoil others.
     lost = ~(np.isfinite(gradient).all(axis=1) & np.isfinite(block).all(axis=(1, 2)))
     block[lost], gradient[lost] = np.nan, np.nan
     first = r.corner[rows] + (state.size // 2 - inner // 2)[:, None]
     pairs = overlapping_pairs(first, inner, _LEAST_OVERLAP)
-    return GaussNewton(gradient, block, pairs, _cross(parts, place, inner, pairs, length))
+    return GaussNewton(gradient, block, pairs, _cross(parts, place, inner, pairs, length)), tolerance
 
 
-def _informative(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Widths of the squares that hold what the pixels tell of sources, (K,).
+def _informative(
+    state: State, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Widths of the squares that hold what the pixels tell of sources, and squared signal-to-noise ratios, (K,).
 
     Less than 4 (two sigma), or less than a hundredth, of the squared signal-to-noise ratio lies outside.
     """
     r = state.rows
     assert isinstance(state.drawing, GridDrawing)
-    out = np.empty(len(rows), np.int64)
+    out, whole = np.empty(len(rows), np.int64), np.empty(len(rows))
     possible = state.drawing.grids.widths
     for width, index in r.stamps.by_width(rows):
         own = rows[index]
@@ -200,7 +236,8 @@ def _informative(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         outside = signal[:, -1:] - signal
         enough = outside < np.maximum(4.0, 0.01 * signal[:, -1:])
         out[index] = np.array(possible)[np.argmax(enough, axis=1)]
-    return out
+        whole[index] = signal[:, -1]
+    return out, whole
 
 
 def _cross(
@@ -240,10 +277,10 @@ def set_posterior(state: State) -> None:
     r, config = state.rows, state.config
     rows = np.flatnonzero(r.alive & r.active & r.tried & ~r.failed & (r.stamps.width > 0))
     for part in _batches(state, rows):
-        system = _linearise(state, part)
-        r.covariance[part] = config.posterior_scale**2 * system.covariances()
+        system, tolerance = _linearise(state, part)
+        r.covariance[part] = config.posteriorScale**2 * system.covariances()
         gain = system.step(np.zeros(len(part)))[1]
-        r.promise[part] = np.where(np.isfinite(gain), gain, np.inf)
+        r.promise[part] = np.where(np.isfinite(gain), gain, np.inf) / tolerance
     if len(rows):
         covariance = r.covariance[rows]
         with np.errstate(invalid="ignore"):
@@ -251,6 +288,6 @@ def set_posterior(state: State) -> None:
         values, slope = state.drawing.grids.parameters(r.mean[rows])
         half = np.matmul(slope.reshape(len(rows), -1, slope.shape[-1]), covariance).reshape(slope.shape)
         deviation = np.sqrt(np.maximum((half * slope).sum(axis=3), 0.0))
-        relative = np.hypot(deviation[:, :, 0], config.flux_systematic)
+        relative = np.hypot(deviation[:, :, 0], config.fluxSystematic)
         r.error[rows] = relative * r.network_flux[rows]
         r.moments[rows], r.moments_error[rows] = values[:, :, 3:], deviation[:, :, 3:]

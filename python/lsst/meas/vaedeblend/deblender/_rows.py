@@ -47,7 +47,7 @@ class Rows:
     settled: NDArray[np.bool_]  # refinement has nothing left to gain
     stuck: NDArray[np.bool_]  # no step makes its group any better, though the models promise one
     damping: NDArray[np.float64]  # of the next step of refinement
-    promise: NDArray[np.float64]  # decrease of chi-square that an undamped step promised last
+    promise: NDArray[np.float64]  # decrease of chi-square by an undamped step, over what counts as settled
     noise: NDArray[np.float32]
     flux: NDArray[np.float64]  # 0 where not measured
     error: NDArray[np.float64]

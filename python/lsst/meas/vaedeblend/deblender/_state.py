@@ -206,17 +206,32 @@ class State:
             Changes of chi-square with softened weights, which add up over sources.
         """
         r, change = self.rows, np.zeros(len(rows))
-        good = np.flatnonzero(drawn.good)
-        own = rows[good]
-        change[good] = self._shift(own, -r.flux[own])
+        none = np.zeros((1, flux.shape[1], 2, 2), np.float32)
         for index, images in drawn.images:
-            kept = drawn.good[index]
-            r.stamps.set(rows[index[kept]], images[kept])
-        r.flux[own] = flux[good]
-        r.network_flux[own] = drawn.flux[good]
-        r.wanted[own] = drawn.wanted[good]
-        r.centroid[own] = self._target(own) + drawn.offset[good]
-        change[good] += self._shift(own, r.flux[own])
+            kept = np.flatnonzero(drawn.good[index])
+            index, old = index[kept], r.stamps.width[rows[index[kept]]]
+            for width in np.unique(old).tolist():
+                here = np.flatnonzero(old == width)
+                own = rows[index[here]]
+                y, x = np.ascontiguousarray(self.start(own, max(width, images.shape[-1])).T)
+                change[index[here]] = kernels.exchange(
+                    self.residual,
+                    self.soft_weight,
+                    r.stamps.pool(width) if width else none,
+                    r.stamps.slot[own] if width else np.zeros(len(own), np.int64),
+                    r.flux[own] if width else np.zeros((len(own), flux.shape[1])),
+                    images,
+                    kept[here],
+                    flux[index[here]],
+                    y,
+                    x,
+                )
+            r.stamps.set(rows[index], images[kept])
+        own = rows[drawn.good]
+        r.flux[own] = flux[drawn.good]
+        r.network_flux[own] = drawn.flux[drawn.good]
+        r.wanted[own] = drawn.wanted[drawn.good]
+        r.centroid[own] = self._target(own) + drawn.offset[drawn.good]
         return change
 
     def _target(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -270,7 +285,7 @@ class State:
 
     def soften(self, rows: NDArray[np.int64]) -> None:
         """Bring the refinement's weights around sources up to date: the models have errors of their own."""
-        error = self.config.refinement_model_error
+        error = self.config.refinementModelError
         for width, index in self.rows.stamps.by_width(rows):
             y, x = np.ascontiguousarray(self.start(rows[index], width).T)
             kernels.soften(self.soft_weight, self.weight, self.image, self.residual, y, x, width, error)

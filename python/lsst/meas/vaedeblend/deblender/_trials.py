@@ -79,7 +79,7 @@ def _find(state: State, parents: list[int]) -> list[_Trial]:
         found = _candidates(state, p, len(own), tree)
         if len(found):
             window, _ = state.windows[p]
-            weight = state.softened_weight(window, state.config.model_error)
+            weight = state.softened_weight(window, state.config.modelError)
             trials.append(_Trial(p, r.save(own), found, weight, state.chi2(p, weight)))
     return trials
 

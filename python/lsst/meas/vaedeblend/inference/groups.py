@@ -17,6 +17,8 @@ Groups are solved one by one: what happens in one of them changes nothing in ano
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numba
 import numpy as np
 import scipy.sparse
@@ -28,6 +30,9 @@ __all__ = ["GaussNewton", "connected_groups", "overlapping_pairs"]
 
 _DIRECT = 12
 """Most sources of a group that is solved directly."""
+
+_RIDGES = 4
+"""Most times that steps are solved for again because some were too long."""
 
 _CG_TOLERANCE = 1e-4
 _CG_ITERATIONS = 200
@@ -109,13 +114,17 @@ class GaussNewton:
         order = np.argsort(self.groups, kind="stable")
         return np.split(order, np.flatnonzero(np.diff(self.groups[order])) + 1) if len(order) else []
 
-    def step(self, damping: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def step(self, damping: NDArray, longest: float = np.inf) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Solve for the step, damped as by Levenberg and Marquardt.
 
         Parameters
         ----------
         damping : `numpy.ndarray`, (K,)
             Factor by which the diagonal of the matrix grows, minus 1; the same for all members of a group.
+        longest : `float`, optional
+            Longest step of one source. Longer ones are held back by a precision of their own, about which the
+            neighbours know: to cut a step after it was solved for would leave them with what they were to take
+            over.
 
         Returns
         -------
@@ -125,22 +134,42 @@ class GaussNewton:
             Decrease of chi-square that the linear models promise for the whole step, shared out among the
             sources.
         """
-        k, length = self.gradient.shape
-        block = self.block.copy()
+        length = self.gradient.shape[1]
         axis = np.arange(length)
+        block = self.block.copy()
         block[:, axis, axis] *= 1.0 + np.asarray(damping)[:, None]
-        change = np.full((k, length), np.nan)
-        count = np.bincount(self.groups)
-        alone = count[self.groups] == 1
+        change = self._solve(block, self.members())
+        ridge = np.zeros(len(block))
+        for _ in range(_RIDGES):
+            square = (change**2).sum(axis=1)
+            long = square > (1.1 * longest) ** 2
+            if not long.any():
+                break
+            # Curvature along the step that was solved for; in proportion to it steps get shorter.
+            curvature = (change[long] * self.gradient[long]).sum(axis=1) / square[long]
+            ridge[long] += np.maximum(curvature, 1e-3) * (np.sqrt(square[long]) / longest - 1.0)
+            held = block.copy()
+            held[:, axis, axis] += ridge[:, None]
+            touched = np.unique(self.groups[long])
+            members = [rows for rows in self.members() if self.groups[rows[0]] in touched]
+            again = self._solve(held, members)
+            solved = np.concatenate(members)
+            change[solved] = again[solved]
+        return change, (change * self.gradient).sum(axis=1)
+
+    def _solve(self, block: NDArray, members: list[NDArray[np.int64]]) -> NDArray[np.float64]:
+        """Solve the systems of some groups, with diagonal blocks as given."""
+        change = np.full(self.gradient.shape, np.nan)
+        alone = np.array([rows[0] for rows in members if len(rows) == 1], np.int64)
         change[alone] = _solve_blocks(block[alone], self.gradient[alone])
-        inside = self._pairs_of_groups()
-        for group, rows in enumerate(self.members()):
+        inside = self._pairs_of_groups
+        for rows in members:
             if len(rows) > 1:
-                pairs = inside[group]
+                pairs = inside[self.groups[rows[0]]]
                 local = np.searchsorted(rows, self.pairs[pairs])
                 solve = _solve_dense if len(rows) <= _DIRECT else _solve_sparse
                 change[rows] = solve(block[rows], local, self.cross[pairs], self.gradient[rows])
-        return change, (change * self.gradient).sum(axis=1)
+        return change
 
     def covariances(self) -> NDArray[np.float64]:
         """Covariances of the posteriors, (K, L, L): those of each source with its neighbours left free.
@@ -174,6 +203,7 @@ class GaussNewton:
             out[i] = _leading_inverse(flat, length)
         return 0.5 * (out + out.transpose(0, 2, 1))
 
+    @cached_property
     def _pairs_of_groups(self) -> list[NDArray[np.int64]]:
         """Indices of the pairs of each group."""
         n = int(self.groups.max(initial=-1)) + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = [
     "diagnostics",
+    "exchange",
     "coarse_weights",
     "cross_blocks",
     "cut",
@@ -72,6 +73,63 @@ def shift(residual, weight, pool, slot, y0, x0, scale):
                     row[x] = new
                     # The difference of squares as a product loses nothing where both are large.
                     total += w[x] * (new - old) * (new + old)
+                change[k] += total
+    return change
+
+
+@_compile
+def exchange(residual, weight, old, old_slot, old_scale, new, new_slot, new_scale, y0, x0):
+    """Take new images for old ones in the residual; return by how much each exchange changes chi-square.
+
+    Parameters
+    ----------
+    residual, weight : `numpy.ndarray`, (B, H, W)
+        The residual, changed in place, and inverse variances.
+    old, new : `numpy.ndarray`, (M, B, V, V), (M', B, W, W)
+        Images, whose middles (pixels V // 2 and W // 2) coincide.
+    old_slot, new_slot : `numpy.ndarray`, (K,)
+        Which of them belong to the sources.
+    old_scale, new_scale : `numpy.ndarray`, (K, B)
+        What to multiply them with.
+    y0, x0 : `numpy.ndarray`, (K,)
+        First pixel of the wider of both squares.
+
+    Returns
+    -------
+    change : `numpy.ndarray`, (K,)
+        Changes of chi-square, one source after the other: what two sources do to each other is in it as far as
+        both change.
+    """
+    bands, height, width = residual.shape
+    wide = max(old.shape[2], new.shape[2])
+    in_old, in_new = wide // 2 - old.shape[2] // 2, wide // 2 - new.shape[2] // 2
+    change = np.zeros(len(y0))
+    line = np.zeros(wide, np.float32)
+    for k in range(len(y0)):
+        left, right = max(-x0[k], 0), min(wide, width - x0[k])
+        if left >= right:
+            continue
+        for b in range(bands):
+            s, t = np.float32(new_scale[k, b]), np.float32(old_scale[k, b])
+            for j in range(max(-y0[k], 0), min(wide, height - y0[k])):
+                line[:] = 0.0
+                if 0 <= j - in_new < new.shape[2]:
+                    image = new[new_slot[k], b, j - in_new]
+                    for i in range(len(image)):
+                        line[i + in_new] += s * image[i]
+                if 0 <= j - in_old < old.shape[2]:
+                    image = old[old_slot[k], b, j - in_old]
+                    for i in range(len(image)):
+                        line[i + in_old] -= t * image[i]
+                row = residual[b, y0[k] + j, x0[k] + left : x0[k] + right]
+                w = weight[b, y0[k] + j, x0[k] + left : x0[k] + right]
+                more = line[left:right]
+                total = np.float32(0.0)
+                for x in range(right - left):
+                    value = row[x] - more[x]
+                    # The difference of squares as a product loses nothing where both are large.
+                    total -= w[x] * more[x] * (value + row[x])
+                    row[x] = value
                 change[k] += total
     return change
 
