@@ -40,13 +40,13 @@ class DeblendConfig(Config):
     )
     refinementTolerance = RangeField[float](
         doc="A source has settled when a step promises to lower chi-square by less than this.",
-        default=2.0,
+        default=1.0,
         min=0.0,
     )
     refinementPrior = RangeField[float](
         doc="Precision of the latents' normal prior in the refinement. Below 1 shapes of faint sources are "
         "less round, and all that is measured of them is noisier.",
-        default=2.0,
+        default=0.5,
         min=0.0,
         inclusiveMin=False,
     )

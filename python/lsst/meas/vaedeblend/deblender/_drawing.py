@@ -20,8 +20,8 @@ from ..rendering import Renderer, unit_shapes
 
 __all__ = ["Drawing", "Drawn", "GridDrawing", "PixelDrawing", "choose_drawing"]
 
-_OUTSIDE = 0.25
-"""Squared signal-to-noise ratio of a source that may lie outside of its square."""
+_OUTSIDE = 1e-5
+"""Part of the squared signal-to-noise ratio of a source that may lie outside of its square; one sigma in any case."""
 
 
 @dataclasses.dataclass(eq=False)

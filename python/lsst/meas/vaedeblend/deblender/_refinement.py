@@ -100,16 +100,17 @@ def _step(state: State, rows: NDArray[np.int64]) -> None:
     """One step of all sources of a batch that have not settled."""
     r = state.rows
     system, tolerance = _linearise(state, rows)
-    promise = system.step(np.zeros(len(rows)))[1]
+    promise = system.promise
     groups, count = system.groups, int(system.groups.max()) + 1
     lost = ~np.isfinite(promise)
     bad = np.bincount(groups, weights=lost, minlength=count)[groups] > 0
     # What cannot be solved stays as it is.
     r.stuck[rows[bad]] = True
     r.promise[rows] = np.where(lost, np.inf, promise) / tolerance
+    # A step that promises little is taken all the same, and is the last one.
     settled = ~bad & (r.promise[rows] < 1.0)
     r.settled[rows[settled]] = True
-    moving = np.flatnonzero(~bad & ~settled)
+    moving = np.flatnonzero(~bad)
     for _ in range(_TRIES):
         if not len(moving):
             return
@@ -279,7 +280,7 @@ def set_posterior(state: State) -> None:
     for part in _batches(state, rows):
         system, tolerance = _linearise(state, part)
         r.covariance[part] = config.posteriorScale**2 * system.covariances()
-        gain = system.step(np.zeros(len(part)))[1]
+        gain = system.promise
         r.promise[part] = np.where(np.isfinite(gain), gain, np.inf) / tolerance
     if len(rows):
         covariance = r.covariance[rows]

@@ -109,6 +109,7 @@ class GaussNewton:
         self.pairs, self.cross = pairs, np.asarray(cross, np.float64)
         self.groups = connected_groups(len(gradient), pairs)
 
+    @cached_property
     def members(self) -> list[NDArray[np.int64]]:
         """Sources of each group, in order."""
         order = np.argsort(self.groups, kind="stable")
@@ -138,7 +139,7 @@ class GaussNewton:
         axis = np.arange(length)
         block = self.block.copy()
         block[:, axis, axis] *= 1.0 + np.asarray(damping)[:, None]
-        change = self._solve(block, self.members())
+        change = self._solve(block, self.members) if np.any(damping) else self.newton.copy()
         ridge = np.zeros(len(block))
         for _ in range(_RIDGES):
             square = (change**2).sum(axis=1)
@@ -151,11 +152,21 @@ class GaussNewton:
             held = block.copy()
             held[:, axis, axis] += ridge[:, None]
             touched = np.unique(self.groups[long])
-            members = [rows for rows in self.members() if self.groups[rows[0]] in touched]
+            members = [rows for rows in self.members if self.groups[rows[0]] in touched]
             again = self._solve(held, members)
             solved = np.concatenate(members)
             change[solved] = again[solved]
         return change, (change * self.gradient).sum(axis=1)
+
+    @cached_property
+    def newton(self) -> NDArray[np.float64]:
+        """The undamped step, (K, L); NaN for groups whose system cannot be solved."""
+        return self._solve(self.block, self.members)
+
+    @property
+    def promise(self) -> NDArray[np.float64]:
+        """Decrease of chi-square that the undamped step promises, shared out among the sources, (K,)."""
+        return (self.newton * self.gradient).sum(axis=1)
 
     def _solve(self, block: NDArray, members: list[NDArray[np.int64]]) -> NDArray[np.float64]:
         """Solve the systems of some groups, with diagonal blocks as given."""

@@ -61,6 +61,10 @@ def factorize(
     unit = (circle * flux)[bright]
     pixel = (tolerance / circle)[bright, None]
     shapes = model[bright] / unit[:, None, None]
+    total = shapes.sum(axis=(1, 2))
+    # Most of the square is far beyond the light, and every step would cost as much as if it were not.
+    top, bottom, first, last = _trim(shapes, 0.05)
+    shapes = shapes[:, top:bottom, first:last]
     # What is cut off counts against the tolerance, and something has to be left for the other errors.
     y1, y2, x1, x2 = _trim(shapes, 0.5)
     inside = np.zeros(shapes.shape[1:], bool)
@@ -79,13 +83,13 @@ def factorize(
     images *= np.where(images.sum(axis=1) < 0, -1.0, 1.0)[:, None]
     for rank in range(1, len(images) + 1):
         # Rounding needs a part of the tolerance as well.
-        if rank == len(images) or _fit(images[:rank], flat, pixel)[1] <= 0.7:
+        if rank == len(images) or _fit(images[:rank], flat, pixel, total)[1] <= 0.7:
             break
     step = np.abs(images[0]).max()
     while True:
         rounded = np.rint(images[:rank] / step)
         rounded = rounded[rounded.any(axis=1)]
-        spectra, error = _fit(rounded, flat, pixel)
+        spectra, error = _fit(rounded, flat, pixel, total)
         if error <= 1.0:
             break
         step /= np.sqrt(2.0)
@@ -97,7 +101,7 @@ def factorize(
         spectrum[bright] = spectra[:, j] * unit
         rows, columns = np.flatnonzero(image.any(axis=1)), np.flatnonzero(image.any(axis=0))
         part = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
-        out.append((spectrum, part, (int(rows[0]), int(columns[0]))))
+        out.append((spectrum, part, (int(rows[0]) + top, int(columns[0]) + first)))
     return out
 
 
@@ -124,8 +128,8 @@ def _trim(shapes: NDArray, budget: float) -> tuple[int, int, int, int]:
     return y1, y2, x1, x2
 
 
-def _fit(images: NDArray, shapes: NDArray, pixel: NDArray) -> tuple[NDArray, float]:
-    """Fit shapes (B, P) by images (k, P), sums being kept; return coefficients (B, k) and the error.
+def _fit(images: NDArray, shapes: NDArray, pixel: NDArray, sums: NDArray) -> tuple[NDArray, float]:
+    """Fit shapes (B, P) by images (k, P), with given sums (B,); return coefficients (B, k) and the error.
 
     Least squares under one linear constraint: with G the images' normal matrix and v their sums the solution
     is the free one plus a multiple of G^-1 v. The error is that of `factorize` in units of the tolerance, for
@@ -137,7 +141,7 @@ def _fit(images: NDArray, shapes: NDArray, pixel: NDArray) -> tuple[NDArray, flo
     inverse = np.linalg.pinv(images @ images.T, hermitian=True)
     free = shapes @ images.T @ inverse
     direction = inverse @ total
-    excess = shapes.sum(axis=1) - free @ total
+    excess = sums - free @ total
     coefficients = free + (excess / (total @ direction))[:, None] * direction
     error = coefficients @ images - shapes
     circles, size = np.abs(np.cumsum(error, axis=1)), np.abs(error)
