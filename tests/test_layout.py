@@ -50,7 +50,7 @@ ONLY_IN: dict[str, set[str]] = {
     **dict.fromkeys(("galsim", "surveycodex", "speclite"), {"simulation", "training", "evaluation", "demo"}),
     "photutils": {"simulation", "evaluation"},
     "matplotlib": {"evaluation", "demo"},
-    "numba": {"ground", *MODELS, *INFERENCE, "deblender"},
+    "numba": {"adapters", "ground", *MODELS, *INFERENCE, "deblender"},
     **dict.fromkeys(("lsst.afw", "lsst.meas.base", "lsst.cell_coadds", "lsst.geom"), {"adapters", "tasks"}),
 }
 """Package to the rooms that may import it."""
