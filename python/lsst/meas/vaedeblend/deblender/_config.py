@@ -134,7 +134,7 @@ class DeblendConfig(Config):
         min=0,
     )
     batchSize = RangeField[int](
-        doc="Cutouts that go through the network at once; bounds the memory it takes.", default=128, min=1
+        doc="Cutouts that go through the network at once; bounds the memory it takes.", default=32, min=1
     )
     allowMissingBands = Field[bool](
         doc="Deblend scenes that lack some of the network's bands? Objects are flagged missing_band, and "
