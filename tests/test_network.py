@@ -283,9 +283,9 @@ def test_the_batch_size_bounds_what_goes_through_at_once_and_changes_nothing(net
     session = network._session
 
     class Spy:
-        def run(self, outputs, feeds):
-            seen.append(len(feeds["image"]))
-            return session.run(outputs, feeds)
+        def run_with_ort_values(self, outputs, feeds, options):
+            seen.append(feeds["image"].shape()[0])
+            return session.run_with_ort_values(outputs, feeds, options)
 
     monkeypatch.setattr(network, "_session", Spy())
     parts = network.deblend(*arguments, batch_size=3)
