@@ -168,6 +168,10 @@ class Artefact:
         self._options = _run_options()
         _LOG.info("%s %s runs on %s.", self.kind.capitalize(), self.metadata.name, self.provider)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A session can be neither copied nor pickled, but started again.
+        return type(self), (self.path, *self._arguments)
+
     def hold(self, array: NDArray) -> Any:
         """Put an array where the session computes, to be fed again and again.
 
