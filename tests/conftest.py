@@ -25,6 +25,18 @@ def network(network_path) -> Network:
 
 
 @pytest.fixture(scope="session")
+def gaussian_path() -> Path:
+    """A small deblender in gri that draws Gaussians and can be fitted to pixels; see synthetic_gaussians.py."""
+    return Path(__file__).parent / "data" / "gaussians.onnx"
+
+
+@pytest.fixture(scope="session")
+def gaussian_network(gaussian_path) -> Network:
+    """The same, loaded."""
+    return Network.load(gaussian_path, threads=1)
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The benchmark data, which a user may not have: beside the repository, or $VAEDEBLEND_SHARED."""
     beside = Path(__file__).resolve().parents[2] / "shared"

@@ -42,20 +42,23 @@ def joint_fluxes(
     -------
     flux, error : `numpy.ndarray`, (B, K)
         Fluxes and standard deviations, nJy. Those of a source at zero are conditional on its neighbours. Both
-        are NaN for a source without data.
+        are NaN for a source without data, or whose sums are not finite.
     """
     diagonal = np.diagonal(normal, axis1=1, axis2=2)
-    data = diagonal > 0
+    data = (diagonal > 0) & np.isfinite(diagonal) & np.isfinite(rhs)
     # In units of each source's own error the matrix has a unit diagonal. A source without data is one by
     # itself.
     scale = 1.0 / np.sqrt(np.where(data, diagonal, 1.0))
     known = np.isfinite(prior)
     weight = np.where(known, prior_weight, 0.0)
-    matrix = normal * scale[:, :, None] * scale[:, None, :]
+    with np.errstate(invalid="ignore", over="ignore"):
+        matrix = normal * scale[:, :, None] * scale[:, None, :]
+        vector = rhs * scale + weight * np.where(known, prior, 0.0) / scale
+    matrix = np.where(data[:, :, None] & data[:, None, :] & np.isfinite(matrix), matrix, 0.0)
+    vector = np.where(data, vector, 0.0)
     # A source without a prior still needs a ridge, lest a coincident one makes the matrix singular.
     index = np.arange(normal.shape[1])
     matrix[:, index, index] = 1.0 + np.maximum(weight, 1e-9)
-    vector = np.where(data, rhs * scale + weight * np.where(known, prior, 0.0) / scale, 0.0)
     deviation = np.ones(matrix.shape[:2])
     try:
         inverse = np.linalg.inv(matrix)

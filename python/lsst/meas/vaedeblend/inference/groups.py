@@ -21,6 +21,7 @@ from functools import cached_property
 
 import numba
 import numpy as np
+import scipy.linalg
 import scipy.sparse
 import scipy.sparse.csgraph
 from numpy.typing import NDArray
@@ -196,8 +197,7 @@ class GaussNewton:
         between = {(i, j): p for p, (i, j) in enumerate(self.pairs.tolist())}
         out = np.full((k, length, length), np.nan)
         alone = np.array([not n for n in neighbours], bool)
-        with np.errstate(all="ignore"):
-            out[alone] = _inverse_blocks(self.block[alone])
+        out[alone] = _covariance_blocks(self.block[alone])
         for i in np.flatnonzero(~alone).tolist():
             own = [i, *(j for j, _, _ in neighbours[i])]
             n = len(own)
@@ -240,15 +240,31 @@ def _inverse_blocks(block: NDArray) -> NDArray[np.float64]:
     try:
         return np.linalg.inv(block)
     except np.linalg.LinAlgError:
+        return np.stack([_inverse(b) for b in block])
+
+
+def _inverse(block: NDArray) -> NDArray[np.float64]:
+    try:
+        return np.linalg.inv(block)
+    except np.linalg.LinAlgError:
+        return np.full(block.shape, np.nan)
+
+
+def _covariance_blocks(block: NDArray) -> NDArray[np.float64]:
+    """Inverses of many symmetric matrices; NaN where one is not positive definite."""
+    try:
+        np.linalg.cholesky(block)
+        return np.linalg.inv(block)
+    except np.linalg.LinAlgError:
         return np.stack([_leading_inverse(b, len(b)) for b in block])
 
 
 def _leading_inverse(matrix: NDArray, length: int) -> NDArray[np.float64]:
-    """First block of the inverse of a symmetric matrix; NaN where it has none."""
+    """First block of the inverse of a symmetric matrix; NaN where it is not positive definite."""
     unit = np.zeros((len(matrix), length))
     unit[:length] = np.eye(length)
     try:
-        return np.linalg.solve(matrix, unit)[:length]
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True, check_finite=False), unit)[:length]
     except np.linalg.LinAlgError:
         return np.full((length, length), np.nan)
 

@@ -69,6 +69,8 @@ class Stamps:
 
     def set(self, rows: NDArray[np.int64], images: NDArray[np.float32]) -> None:
         """Give rows images of one width; the old ones are forgotten."""
+        if not len(rows):
+            return
         width = images.shape[-1]
         moved = rows[self.width[rows] != width]
         if len(moved):
