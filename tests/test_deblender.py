@@ -647,8 +647,8 @@ def test_a_later_failure_keeps_the_earlier_model(network, blend, monkeypatch, re
 
     monkeypatch.setattr(Network, "deblend", fail_later)
     sources = deblend(blend, network, DeblendConfig(findNewPeaks=False)).sources
-    # The one that is alone, the first, is not asked again at the start; a pass that made nothing better is taken
-    # back, flags included.
+    # The one that is alone, the first, is not asked again at the start; a pass that made nothing better is
+    # taken back, flags included.
     assert sources.flags["not_finite"][1:].all() and not sources.flags["fallback"].any()
     np.testing.assert_allclose(sources.flux, FLUX[[3, 0, 1, 2]], rtol=0.2)
 

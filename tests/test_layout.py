@@ -49,7 +49,7 @@ ONLY_IN: dict[str, set[str]] = {
     **dict.fromkeys(("galsim", "surveycodex", "speclite"), {"simulation", "training", "evaluation", "demo"}),
     "photutils": {"simulation", "evaluation"},
     "matplotlib": {"evaluation", "demo"},
-    "numba": {"ground", "adapters", *MODELS, *INFERENCE, "deblender"},
+    "numba": {"ground", "adapters", *MODELS, "inference", "deblender"},
     "threadpoolctl": {"deblender"},
     **dict.fromkeys(("lsst.afw", "lsst.meas.base", "lsst.cell_coadds", "lsst.geom"), {"adapters", "tasks"}),
 }

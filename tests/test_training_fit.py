@@ -103,7 +103,10 @@ def test_artefact_holds_no_path_of_the_machine(trained):
     _, where, path = trained
     package = str(Path(losses.__file__).parents[1]).encode()
     files = sorted(path.parent.glob("*.onnx"))
-    assert [file.stem for file in files] == ["small_gri", *(f"small_gri_{k}" for k in ("decoder", "linearise", "render"))]
+    assert [file.stem for file in files] == [
+        "small_gri",
+        *(f"small_gri_{k}" for k in ("decoder", "linearise", "render")),
+    ]
     for file in files:
         data = file.read_bytes()
         assert b'File "' not in data and package not in data and str(where).encode() not in data
@@ -143,7 +146,10 @@ def test_graphs_for_fitting_draw_what_the_decoder_draws(trained):
 def test_graphs_for_fitting_are_written_anew(trained, tmp_path):
     config, _, path = trained
     write_fit_graphs(path, config, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["small_gri_linearise.onnx", "small_gri_render.onnx"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "small_gri_linearise.onnx",
+        "small_gri_render.onnx",
+    ]
     for kind in ("render", "linearise"):
         old, new = (read_metadata(p.with_name(f"small_gri_{kind}.onnx")) for p in (path, tmp_path / "x"))
         assert new.kind == kind and new.weights_sha256 == old.weights_sha256

@@ -209,7 +209,8 @@ class SourceImages:
     flux_network : `numpy.ndarray`, (N, B)
         Fluxes that go with the latents, light beyond the cutout included; NaN where that is not known.
     templates : `dict` [`int`, `tuple` [`numpy.ndarray`]], optional
-        Images (B, S, S) in the network's frame and as observed, nJy, of sources without a model from the network.
+        Images (B, S, S) in the network's frame and as observed, nJy, of sources without a model from the
+        network.
     """
 
     _CHUNK = 64

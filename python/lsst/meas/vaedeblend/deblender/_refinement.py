@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,8 +30,8 @@ _TRIES = 3
 """Steps that are tried after one linearisation, each shorter than the one before."""
 
 _FLUX_TOLERANCE = 0.01
-"""Part of its flux to which a source is fitted in any case: bright ones need not be fitted to what is a small part
-of their noise."""
+"""Part of its flux to which a source is fitted in any case: bright ones need not be fitted to what is a
+small part of their noise."""
 
 _TRIAL_STEPS = 2
 """Steps of refinement before new peaks are judged."""
@@ -82,7 +80,7 @@ def _take_steps(state: State, rows: NDArray[np.int64], steps: int) -> None:
 
     Overlapping sources whose posterior gets less probable go back to where they were, and take shorter steps.
     """
-    r, config = state.rows, state.config
+    r = state.rows
     rows = rows[~r.failed[rows] & (r.stamps.width[rows] > 0)]
     # From here on the fluxes are those of the latents.
     latent_flux = np.where(r.measured[rows], r.network_flux[rows], 0.0)
@@ -122,7 +120,8 @@ def _step(state: State, rows: NDArray[np.int64]) -> None:
 def _try_step(
     state: State, rows: NDArray[np.int64], system: GaussNewton, moving: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Take a step with those sources of a batch that are moving; return which of them have to try a shorter one."""
+    """Take a step with those sources of a batch that are moving; return which of them have to try a shorter
+    one."""
     r, config = state.rows, state.config
     groups, count = system.groups, int(system.groups.max()) + 1
     own = rows[moving]
@@ -216,10 +215,9 @@ def _linearise(state: State, rows: NDArray[np.int64]) -> tuple[GaussNewton, NDAr
     return GaussNewton(gradient, block, pairs, _cross(parts, place, inner, pairs, length)), tolerance
 
 
-def _informative(
-    state: State, rows: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Widths of the squares that hold what the pixels tell of sources, and squared signal-to-noise ratios, (K,).
+def _informative(state: State, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Widths of the squares that hold what the pixels tell of sources, and squared signal-to-noise ratios,
+    (K,).
 
     Less than 4 (two sigma), or less than a hundredth, of the squared signal-to-noise ratio lies outside.
     """

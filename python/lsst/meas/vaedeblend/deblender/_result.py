@@ -12,9 +12,9 @@ from scipy.spatial import cKDTree
 
 from ..ground.cutouts import add_cutouts
 from ..inference import kernels
+from ..network import Decoder, NetworkError
 from ..rendering import SourceImages, square
 from ..sources import ParentSummary, SourceModels
-from ..network import Decoder, NetworkError
 from ._drawing import GridDrawing
 from ._flags import source_flags
 from ._state import State

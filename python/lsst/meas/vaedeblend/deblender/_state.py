@@ -27,9 +27,9 @@ _LARGEST = 1e15
 class State:
     """Where one run of the procedure stands, on one scene whose bands are the network's.
 
-    The residual is the image minus the models of all living sources, whatever a method does: sources are killed,
-    given other models or fluxes, and put back by methods that change the residual as well. What it holds in
-    invalid pixels means nothing: all that reads it has weights or masks them.
+    The residual is the image minus the models of all living sources, whatever a method does: sources are
+    killed, given other models or fluxes, and put back by methods that change the residual as well. What it
+    holds in invalid pixels means nothing: all that reads it has weights or masks them.
     """
 
     def __init__(self, scene: Scene, network: Network, config: DeblendConfig) -> None:

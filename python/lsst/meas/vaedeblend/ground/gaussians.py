@@ -21,10 +21,10 @@ def adaptive_moments_of_gaussians(
 ) -> NDArray[np.float64]:
     """Measure adaptive second moments of sums of Gaussians, many at once.
 
-    What `lsst.meas.vaedeblend.ground.psf.adaptive_moments` measures on pixels, by the integrals of products of
-    Gaussians: a Gaussian of mean m and covariance C times a weight of mean c and covariance M is one of covariance
-    C (C + M)^-1 M and mean c + M (C + M)^-1 (m - c), with the integral exp(-(m - c)^T (C + M)^-1 (m - c) / 2)
-    sqrt(det M / det(C + M)).
+    What `lsst.meas.vaedeblend.ground.psf.adaptive_moments` measures on pixels, by the integrals of products
+    of Gaussians: a Gaussian of mean m and covariance C times a weight of mean c and covariance M is one of
+    covariance C (C + M)^-1 M and mean c + M (C + M)^-1 (m - c), with the integral exp(-(m - c)^T (C + M)^-1
+    (m - c) / 2) sqrt(det M / det(C + M)).
 
     Parameters
     ----------

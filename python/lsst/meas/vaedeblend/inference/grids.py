@@ -29,8 +29,9 @@ _PADDED = {16: 36, 24: 48, 40: 64, 64: 96}
 """Widths of the grids of the Fourier transforms: kernels may reach as far as these exceed the squares."""
 
 _FINE_SIGMA = 1.2
-"""Narrowest PSF, pixel, whose derivatives coarse pixels of 2 x 2 can hold: sums of their products are right to
-2 exp(-2 pi^2 s^2 / 4), four percent, for a point source with s = sigma / sqrt(2), and better for all others."""
+"""Narrowest PSF, pixel, whose derivatives coarse pixels of 2 x 2 can hold: sums of their products are right
+to 2 exp(-2 pi^2 s^2 / 4), four percent, for a point source with s = sigma / sqrt(2), and better for all
+others."""
 
 _BATCH = {16: 16, 24: 16, 40: 8, 64: 4}
 """Sources that go through a graph at once: as many as a processor's cache holds what comes between."""
@@ -40,8 +41,8 @@ _BATCH = {16: 16, 24: 16, 40: 8, 64: 4}
 class _Fourier:
     """The transform of squares that are padded with zeros, along rows and columns, and back.
 
-    Real and imaginary parts are halves of the matrices: (W, 2K), (2F, 2W), (2W, 2F) and (2K, W) for F rows and
-    K = F // 2 + 1 columns of frequencies.
+    Real and imaginary parts are halves of the matrices: (W, 2K), (2F, 2W), (2W, 2F) and (2K, W) for F rows
+    and K = F // 2 + 1 columns of frequencies.
     """
 
     columns: NDArray[np.float32]

@@ -116,7 +116,9 @@ class GaussNewton:
         order = np.argsort(self.groups, kind="stable")
         return np.split(order, np.flatnonzero(np.diff(self.groups[order])) + 1) if len(order) else []
 
-    def step(self, damping: NDArray, longest: float = np.inf) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def step(
+        self, damping: NDArray, longest: float = np.inf
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Solve for the step, damped as by Levenberg and Marquardt.
 
         Parameters
@@ -125,8 +127,8 @@ class GaussNewton:
             Factor by which the diagonal of the matrix grows, minus 1; the same for all members of a group.
         longest : `float`, optional
             Longest step of one source. Longer ones are held back by a precision of their own, about which the
-            neighbours know: to cut a step after it was solved for would leave them with what they were to take
-            over.
+            neighbours know: to cut a step after it was solved for would leave them with what they were to
+            take over.
 
         Returns
         -------
@@ -231,7 +233,12 @@ def _solve_blocks(block: NDArray, rhs: NDArray) -> NDArray[np.float64]:
     try:
         return np.linalg.solve(block, rhs[:, :, None])[:, :, 0]
     except np.linalg.LinAlgError:
-        return np.stack([_solve_dense(b[None], np.empty((0, 2), int), b[:0], r[None])[0] for b, r in zip(block, rhs, strict=True)])
+        return np.stack(
+            [
+                _solve_dense(b[None], np.empty((0, 2), int), b[:0], r[None])[0]
+                for b, r in zip(block, rhs, strict=True)
+            ]
+        )
 
 
 def _inverse_blocks(block: NDArray) -> NDArray[np.float64]:
@@ -264,7 +271,9 @@ def _leading_inverse(matrix: NDArray, length: int) -> NDArray[np.float64]:
     unit = np.zeros((len(matrix), length))
     unit[:length] = np.eye(length)
     try:
-        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True, check_finite=False), unit)[:length]
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True, check_finite=False), unit)[
+            :length
+        ]
     except np.linalg.LinAlgError:
         return np.full((length, length), np.nan)
 

@@ -165,7 +165,8 @@ def models_to_scarlet(
 
 
 def _rendered(models: SourceModels, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Render sources in pieces, so that their images need not all exist at once: rows and images (B, S, S)."""
+    """Render sources in pieces, so that their images need not all exist at once: rows and images (B, S,
+    S)."""
     for start in range(0, len(rows), 64):
         part = rows[start : start + 64]
         yield from zip(part.tolist(), models.images.model_frame(part), strict=True)

@@ -12,8 +12,8 @@ __all__ = ["factorize"]
 
 
 _FINEST = 10
-"""Power of the root of two, of steps below an image's largest pixel, up to which the search for the coarsest goes
-first."""
+"""Power of the root of two, of steps below an image's largest pixel, up to which the search for the coarsest
+goes first."""
 
 
 def factorize(
@@ -91,8 +91,8 @@ def factorize(
         # Rounding needs a part of the tolerance as well.
         if rank == len(images) or _fit(images[:rank], flat, pixel, total)[1] <= 0.7:
             break
-    # The coarsest step that the tolerances allow, to a root of two: found by halving an interval of powers, of which
-    # the fine end always suffices.
+    # The coarsest step that the tolerances allow, to a root of two: found by halving an interval of powers,
+    # of which the fine end always suffices.
     largest = np.abs(images[0]).max()
     coarse, fine, best = -1, _FINEST, None
     while fine - coarse > 1 or best is None:
