@@ -1,10 +1,11 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-# The first two commands set up what they need on a fresh machine, in a virtual environment of their own:
+# The first three commands set up what they need on a fresh machine, in a virtual environment of their own:
 #   make demo    simulate a patch, deblend it under pipetask, draw it
 #   make test    check style and types, and run every test that needs no LSST stack
-# The third runs in an LSST stack that has been set up, or that sourcing STACK_ENV sets up:
+#   make bench   measure speed, memory and accuracy; AGAINST=DIRECTORY compares with another checkout
+# The last runs in an LSST stack that has been set up, or that sourcing STACK_ENV sets up:
 #   make stack-test    run the tests that need it
 
 PYTHON ?= python3.12
@@ -14,7 +15,7 @@ DEMO ?= demo
 # Many small arrays: threads of one process would only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test stack-test clean
+.PHONY: demo test bench stack-test clean
 
 demo: $(VENV)/.runtime
 	$(VENV)/bin/vaedeblend demo --overwrite $(DEMO)
@@ -23,6 +24,15 @@ test: $(VENV)/.test
 	$(VENV)/bin/ruff check python tests config benchmarks
 	$(VENV)/bin/mypy --python-executable $(VENV)/bin/python
 	$(VENV)/bin/python -m pytest -n 2 -m "not stack"
+
+BENCH = $(VENV)/bin/python benchmarks/bench.py
+VERSUS = $(if $(AGAINST),--against $(AGAINST))
+
+bench: $(VENV)/.runtime
+	$(BENCH) demo $(VERSUS)
+	$(BENCH) scaling --most 2000 $(VERSUS) $(if $(AGAINST),--against-most 1000)
+	$(BENCH) crowded --sizes 10,30,100,300 $(VERSUS) $(if $(AGAINST),--against-most 100)
+	$(BENCH) accuracy --fields 4 $(VERSUS)
 
 STACK_ENV ?= /dev/null
 
