@@ -27,9 +27,11 @@ class _Clock:
 
     def __init__(self, network: Network):
         self.seconds = 0.0
-        for artefact in (network, network.decoder, network.jacobian):
-            if artefact is not None:
-                artefact._run = self._timed(artefact._run)
+        artefacts = [network, network.decoder]
+        if network.can_fit:
+            artefacts += [network.render, network.linearise]
+        for artefact in artefacts:
+            artefact.run = self._timed(artefact.run)
 
     def _timed(self, run):
         def timed(*args, **kwargs):

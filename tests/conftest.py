@@ -26,7 +26,8 @@ def network(network_path) -> Network:
 
 @pytest.fixture(scope="session")
 def gaussian_path() -> Path:
-    """A small deblender in gri that draws Gaussians and can be fitted to pixels; see synthetic_gaussians.py."""
+    """A small deblender in gri that draws Gaussians and can be fitted to pixels; see
+    synthetic_gaussians.py."""
     return Path(__file__).parent / "data" / "gaussians.onnx"
 
 

@@ -3,8 +3,8 @@
 """A small network that draws Gaussians, with all graphs that a trained one has.
 
 Its latents mean something: offsets, size, two ellipticities, brightness and two colours, each of about unit
-scatter. The dense layers add a little to all that the decoder draws with, lest anything be linear. The encoder
-measures weighted moments, as that of `synthetic` does, and answers in these latents.
+scatter. The dense layers add a little to all that the decoder draws with, so that nothing is linear. The
+encoder measures weighted moments, as that of `synthetic` does, and answers in these latents.
 
 The files are in tests/data, since exports take minutes; ``python tests/synthetic_gaussians.py`` writes them
 anew. `test_inference.py` holds them against what is here.

@@ -11,8 +11,11 @@ from lsst.meas.vaedeblend.deblender import DeblendConfig, deblend
 from lsst.meas.vaedeblend.evaluation import paper
 from lsst.meas.vaedeblend.evaluation.metrics import match, shear_bias
 from lsst.meas.vaedeblend.evaluation.paper_sample import SampleMaker
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
+from lsst.meas.vaedeblend.inference import Grids
 from lsst.meas.vaedeblend.network import load_network, shipped_networks
-from lsst.meas.vaedeblend.scene import Parent
+from lsst.meas.vaedeblend.rendering import Renderer, square
+from lsst.meas.vaedeblend.scene import Parent, PsfGrid
 from lsst.meas.vaedeblend.simulation.config import TrainingConfig, load_config
 from lsst.meas.vaedeblend.simulation.patch import simulate_patch
 
@@ -83,6 +86,30 @@ def test_decoder_draws_what_the_deblender_drew(name):
     assert out.finite.all() and (out.latent_sigma > 0).all()
     drawn = network.decoder.render(out.latent_mean)
     np.testing.assert_allclose(drawn, out.model, rtol=1e-3, atol=1e-4 * out.model.max())
+
+
+@pytest.mark.parametrize("name", SURVEYS)
+def test_graphs_for_fitting_draw_what_the_coadd_shows(name):
+    """On squares, as the decoder's image convolved whole."""
+    network = load_network(name, threads=1)
+    m = network.metadata
+    assert network.can_fit
+    for part in (network.render, network.linearise):
+        assert part.metadata.training == m.training
+    psf = PsfGrid.constant(np.stack([gaussian_psf(1.5 + 0.1 * i, 31) for i in range(len(m.bands))])).filled()
+    grids = Grids(network.render, network.linearise, psf.stamps, psf.moments)
+    latent = np.random.default_rng(2).normal(size=(4, m.latent_size)).astype(np.float32)
+    cell = np.zeros(4, np.int64)
+    model = network.decoder.render(latent)
+    observed = Renderer(m, psf).observed(model, cell)
+    for width in (40, 64):
+        images, mixture = grids.draw(latent, cell, width)
+        images = images * mixture.weight.sum(axis=2)[..., None, None]
+        expected = square(observed, width)
+        # Farther out light from beyond the square is missing.
+        middle = (..., slice(8, -8), slice(8, -8))
+        scale = expected.max(axis=(2, 3), keepdims=True)
+        assert np.abs((images - expected) / scale)[middle].max() < 2e-3
 
 
 @pytest.mark.parametrize("name", SURVEYS)

@@ -539,9 +539,7 @@ def test_sums_over_products(pixels):
         np.testing.assert_allclose(seen[k], (stamp**2 * (weight > 0)).sum((1, 2)), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(data[k], (stamp * weight * image).sum((1, 2)), rtol=1e-4, atol=1e-3)
     shifted = [(y + 5, x - 3) for y, x in STARTS]
-    found = kernels.products(
-        weight, pools[16], slots[16], *places(shifted), pools[24], slots[24], *places()
-    )
+    found = kernels.products(weight, pools[16], slots[16], *places(shifted), pools[24], slots[24], *places())
     for k, ((ya, xa), (yb, xb)) in enumerate(zip(shifted, STARTS, strict=True)):
         expected = pasted(pools[16][slots[16][k]], ya, xa) * pasted(pools[24][slots[24][k]], yb, xb) * weight
         np.testing.assert_allclose(found[k], expected.sum((1, 2)), rtol=1e-4, atol=1e-3)
@@ -585,9 +583,7 @@ def test_diagnostics_of_sources(pixels):
     n = len(STARTS)
     scale, inverse = rng.normal(0, 2, (n, BANDS)), rng.uniform(0.5, 2, (n, BANDS))
     total, valid = rng.normal(0, 3, image.shape).astype(np.float32), weight > 0
-    found = kernels.diagnostics(
-        image, weight, valid, total, pools[16], slots[16], *places(), scale, inverse
-    )
+    found = kernels.diagnostics(image, weight, valid, total, pools[16], slots[16], *places(), scale, inverse)
     own, mixed, whole, seen, chi2 = found
     for k, (y, x) in enumerate(STARTS):
         stamp = pools[16][slots[16][k]] * scale[k][:, None, None]

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -283,9 +284,9 @@ def test_the_batch_size_bounds_what_goes_through_at_once_and_changes_nothing(net
     session = network._session
 
     class Spy:
-        def run(self, outputs, feeds):
-            seen.append(len(feeds["image"]))
-            return session.run(outputs, feeds)
+        def run_with_ort_values(self, outputs, feeds, options):
+            seen.append(feeds["image"].shape()[0])
+            return session.run_with_ort_values(outputs, feeds, options)
 
     monkeypatch.setattr(network, "_session", Spy())
     parts = network.deblend(*arguments, batch_size=3)
@@ -365,6 +366,13 @@ def test_a_decoder_that_is_missing_or_of_another_network_is_refused(copy):
         _ = network.decoder
     with pytest.raises(NetworkError, match="a decoder is needed, this is a deblender"):
         Decoder(copy)
+
+
+def test_networks_can_be_copied_and_pickled(network):
+    """Results hold their decoder, and go from process to process."""
+    again = pickle.loads(pickle.dumps(network.decoder))
+    latent = np.zeros((1, 6))
+    np.testing.assert_array_equal(again.render(latent), network.decoder.render(latent))
 
 
 def test_networks_are_loaded_once_per_process_until_the_file_changes(copy):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.ground.peaks import detection_image, detection_norm, find_peaks
+from lsst.meas.vaedeblend.ground.peaks import detection_image, find_peaks, significance_map
 from synthetic import gaussian_image
 
 
@@ -46,16 +46,16 @@ def test_invalid_pixels_and_bands_do_not_count():
     assert not detection_image(image, variance, np.zeros_like(valid), [1.5, 1.5]).any()
 
 
-def test_the_norm_can_be_computed_once():
+def test_weights_say_the_same_as_variances():
     rng = np.random.default_rng(1)
     image, variance = rng.normal(0, 1, (2, 40, 40)), rng.uniform(1, 2, (2, 40, 40))
     valid = rng.uniform(size=image.shape) > 0.1
-    norm = detection_norm(variance, valid, 1.7)
+    weight = np.where(valid, 1.0 / variance, 0.0)
     np.testing.assert_array_equal(
-        detection_image(image, variance, valid, 1.7, norm), detection_image(image, variance, valid, 1.7)
+        significance_map(image, weight, 1.7), detection_image(image, variance, valid, 1.7)
     )
     with pytest.raises(ValueError, match="positive in every band"):
-        detection_norm(variance, valid, [1.0, np.nan])
+        significance_map(image, weight, [1.0, np.nan])
 
 
 def test_peaks_are_refined_and_come_brightest_first():

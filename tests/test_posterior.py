@@ -12,6 +12,7 @@ import pytest
 import synthetic
 from lsst.meas.vaedeblend.deblender import deblend
 from lsst.meas.vaedeblend.posterior import sample_posterior
+from lsst.meas.vaedeblend.rendering import StoredImages
 
 VARIANCE = 2  # the synthetic network's latents are x, y, variance, fluxes
 
@@ -78,7 +79,8 @@ def test_draws_depend_on_nothing_but_the_source(scene, sources, network):
         for field in dataclasses.fields(wide)
         if isinstance(getattr(wide, field.name), np.ndarray)
     }
-    alone = sample_posterior(dataclasses.replace(wide, **rows), network, scene.psf)
+    images = StoredImages(wide.model_frame[1:], wide.observed[1:])
+    alone = sample_posterior(dataclasses.replace(wide, images=images, **rows), network, scene.psf)
     np.testing.assert_array_equal(both.flux_err[1:], alone.flux_err)
     np.testing.assert_array_equal(both.shape_err[1:], alone.shape_err)
 

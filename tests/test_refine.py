@@ -6,28 +6,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.refine import MAX_STEP, WIDTHS, LinearisedModels, choose_widths
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
+from lsst.meas.vaedeblend.inference import WIDTHS, GaussNewton, Grids, groups, kernels, overlapping_pairs
 
 BANDS, LENGTH, SIZE = 2, 3, 32
+LEAST = 6
+"""Pixels on both axes below which two squares count as apart."""
 
 
-class LinearJacobian:
-    """Models that are linear in three latents: a blob, and its derivatives along x and y."""
-
-    metadata = SimpleNamespace(cutout_size=SIZE)
-
-    def images(self, latent, psf_moments, width):
-        line = np.arange(width) - width // 2
-        y, x = line[:, None], line[None, :]
-        blob = np.exp(-0.5 * (x**2 + y**2) / 2.5**2)
-        images = np.stack([blob, blob * x / 2.5, blob * y / 2.5])
-        return np.stack([images, 2.0 * images])[None].astype(np.float32)
+def derivatives():
+    """Of models that are linear in three latents: a blob, and its derivatives along x and y, (B, L, S, S)."""
+    line = np.arange(SIZE) - SIZE // 2
+    y, x = line[:, None], line[None, :]
+    blob = np.exp(-0.5 * (x**2 + y**2) / 2.5**2)
+    images = np.stack([blob, blob * x / 2.5, blob * y / 2.5])
+    return np.stack([images, 2.0 * images]).astype(np.float32)
 
 
 def models(latents, corners, shape):
     """The scene that latents stand for."""
     out = np.zeros((BANDS, *shape))
-    images = LinearJacobian().images(None, None, SIZE)[0]
+    images = derivatives()
     for z, (y, x) in zip(latents, corners, strict=True):
         stamp = np.einsum("blyx,l->byx", images, z)
         for j in range(SIZE):
@@ -61,22 +60,54 @@ def design_matrix(corners, shape):
     return np.array(columns).T
 
 
-def linearise(latent, corners, image, weight, width=SIZE):
-    residual = image - models(latent, corners, image.shape[1:])
-    moments = np.zeros((len(latent), BANDS, 3))
-    widths = np.full(len(latent), width)
-    return LinearisedModels(LinearJacobian(), latent, moments, corners, widths, residual, weight)
+def linearise(latent, corners, image, weight, apart=False, lost=None):
+    """The quadratic approximation, from sums over pixels as the procedure makes them.
+
+    ``apart`` leaves overlaps out; the source ``lost`` has derivatives that are not finite.
+    """
+    residual = (image - models(latent, corners, image.shape[1:])).astype(np.float32)
+    weight = weight.astype(np.float32)
+    y, x = np.ascontiguousarray(corners.T)
+    slopes = np.tile(derivatives(), (len(latent), 1, 1, 1, 1))
+    if lost is not None:
+        slopes[lost] = np.nan
+    weighted = kernels.weighted_residual(residual, weight, y, x, SIZE)
+    gradient = np.einsum("kblyx,kbyx->kl", slopes, weighted) - latent
+    tangent = slopes * np.sqrt(kernels.coarse_weights(weight, y, x, SIZE, 1))[:, :, None]
+    block = np.einsum("kbiyx,kbjyx->kij", tangent, tangent) + np.eye(LENGTH)
+    pairs = overlapping_pairs(corners, np.full(len(latent), SIZE), LEAST)
+    pairs = pairs[:0] if apart else pairs
+    i, j = pairs.T
+    cross = kernels.cross_blocks(tangent, i, y[i], x[i], tangent, j, y[j], x[j])
+    return GaussNewton(gradient, block, pairs, cross)
 
 
-def test_one_step_reaches_the_solution_of_the_normal_equations(scene):
+def test_sources_that_overlap_form_a_group(scene):
+    corners, truth, image, weight = scene
+    found = linearise(truth, corners, image, weight)
+    assert found.pairs.tolist() == [[0, 1], [0, 2], [1, 2]]
+    assert found.groups[0] == found.groups[1] == found.groups[2] != found.groups[3]
+    assert sorted(rows.tolist() for rows in found.members()) == [[0, 1, 2], [3]]
+
+
+@pytest.mark.parametrize(("direct", "tolerance"), [(12, 1e-5), (0, 2e-3)], ids=["direct", "iterative"])
+def test_one_step_reaches_the_solution_of_the_normal_equations(scene, direct, tolerance, monkeypatch):
+    monkeypatch.setattr(groups, "_DIRECT", direct)
     corners, truth, image, weight = scene
     start = truth + 0.1
     a = design_matrix(corners, image.shape[1:])
     w = weight.ravel()
     matrix = a.T @ (w[:, None] * a) + np.eye(a.shape[1])
     expected = np.linalg.solve(matrix, a.T @ (w * image.ravel())).reshape(truth.shape)
-    found = linearise(start, corners, image, weight).step(np.zeros(4))[0]
-    np.testing.assert_allclose(found, expected, atol=2e-3)
+    change, gain = linearise(start, corners, image, weight).step(np.zeros(4))
+    np.testing.assert_allclose(start + change, expected, atol=tolerance)
+
+    def cost(latent):
+        chi2 = (weight * (image - models(latent, corners, image.shape[1:])) ** 2).sum()
+        return chi2 + (latent**2).sum()
+
+    # The models are linear, so that what is promised is what is gained.
+    assert gain.sum() == pytest.approx(cost(start) - cost(expected), rel=1e-2)
     # The covariance of a source is the block of the inverse; here three of four sources overlap in a chain,
     # so the marginal over all is that over the neighbours for those in the middle of it.
     inverse = np.linalg.inv(matrix).reshape(4, LENGTH, 4, LENGTH)
@@ -96,59 +127,65 @@ def test_overlapping_sources_share_what_is_missing():
 
     start = np.zeros_like(truth)
     joint = linearise(start, corners, image, weight).step(np.zeros(2))[0]
-    alone = linearise(start, corners, image, weight)
-    alone.cross[:] = 0.0
+    alone = linearise(start, corners, image, weight, apart=True).step(np.zeros(2))[0]
     # Each by itself would take all of the light that both should share.
     assert cost(joint) < 0.1 * cost(start)
-    assert cost(alone.step(np.zeros(2))[0]) > 0.5 * cost(start)
+    assert cost(alone) > 0.5 * cost(start)
 
 
 def test_damping_and_length_bound_a_step(scene):
     corners, truth, image, weight = scene
     start = np.zeros_like(truth)
-    free = linearise(start, corners, image, weight).step(np.zeros(4))[0] - start
-    damped = linearise(start, corners, image, weight).step(np.full(4, 10.0))[0] - start
+    free = linearise(start, corners, image, weight).step(np.zeros(4))[0]
+    damped = linearise(start, corners, image, weight).step(np.full(4, 10.0))[0]
     assert (np.linalg.norm(damped, axis=1) < 0.5 * np.linalg.norm(free, axis=1)).all()
-    far = linearise(start, corners, 1e4 * image, weight).step(np.zeros(4))[0] - start
-    assert np.linalg.norm(far, axis=1).max() <= MAX_STEP * (1 + 1e-9)
+    for factor in (10, 100, 1e4):
+        far = linearise(start, corners, factor * image, weight).step(np.zeros(4), 2.0)[0]
+        assert np.linalg.norm(far, axis=1).max() <= 1.1 * 2.0 * (1 + 1e-9)
 
 
 def test_without_data_the_prior_rules(scene):
     corners, truth, image, weight = scene
     found = linearise(truth, corners, image, 0.0 * weight)
-    np.testing.assert_allclose(found.step(np.zeros(4))[0], 0.0, atol=1e-12)
+    np.testing.assert_allclose(truth + found.step(np.zeros(4))[0], 0.0, atol=1e-12)
     np.testing.assert_allclose(found.covariances()[1], np.eye(LENGTH), atol=1e-12)
 
 
-def test_a_source_that_overflows_leaves_the_others_alone(scene):
+def test_a_source_that_overflows_leaves_other_groups_alone(scene):
     corners, truth, image, weight = scene
-
-    class Overflowing(LinearJacobian):
-        def images(self, latent, psf_moments, width):
-            out = super().images(latent, psf_moments, width)
-            return np.full_like(out, np.inf) if latent[0, 0] > 50 else out
-
     latent = truth + 0.1
-    residual = image - models(latent, corners, image.shape[1:])
-
-    def linearised(jacobian, n):
-        moments, widths = np.zeros((n, BANDS, 3)), np.full(n, SIZE)
-        return LinearisedModels(jacobian, latent[:n], moments, corners[:n], widths, residual, weight)
-
-    latent[3, 0] = 100.0
-    broken = linearised(Overflowing(), 4)
-    new, gain = broken.step(np.zeros(4))
-    assert np.isfinite(new).all() and np.isfinite(gain).all()
-    assert np.isfinite(broken.covariances()).all()
-    expected = linearised(LinearJacobian(), 3).step(np.zeros(3))[0]
-    # What conjugate gradients leave is in proportion to the whole, of which the last source has most.
-    np.testing.assert_allclose(new[:3], expected, atol=1e-2)
+    whole = linearise(latent, corners, image, weight)
+    expected, gain = whole.step(np.zeros(4))
+    for lost, others in ((3, [0, 1, 2]), (1, [3])):
+        broken = linearise(latent, corners, image, weight, lost=lost)
+        change, promise = broken.step(np.zeros(4))
+        assert np.isnan(change[lost]).all() and np.isnan(promise[lost])
+        np.testing.assert_array_equal(change[others], expected[others])
+        np.testing.assert_array_equal(promise[others], gain[others])
+        np.testing.assert_array_equal(broken.covariances()[others], whole.covariances()[others])
 
 
 def test_width_follows_the_extent_of_the_source():
-    line = np.arange(64) - 32
-    r2 = line[:, None] ** 2 + line**2
-    narrow, wide = np.exp(-0.5 * r2 / 2.0**2), np.exp(-0.5 * r2 / 14.0**2)
-    observed = np.stack([100 * narrow, 100 * wide, 0.01 * wide])[:, None]
-    widths = choose_widths(observed, np.ones_like(observed))
-    assert widths.tolist() == [WIDTHS[0], WIDTHS[2], WIDTHS[0]]
+    metadata = SimpleNamespace(cutout_size=64, frame={"type": "gaussian", "sigma": 0.8})
+    stamps = gaussian_psf(1.5, 25)[None, None]
+    moments = np.array([[[1.5**2, 1.5**2, 0.0]]])
+    grids = Grids(SimpleNamespace(metadata=metadata), None, stamps, moments)
+    sigma, flux = np.array([2.0, 5.0, 14.0, 14.0]), np.array([2500.0, 2500.0, 1e5, 10.0])
+    covariance = np.stack([sigma**2, 0 * sigma, sigma**2], 1)[:, None]
+    cell = np.zeros(4, np.int64)
+    widths = grids.choose(flux[:, None, None], covariance, cell, np.ones((4, 1)), 25.0)
+    assert widths.tolist() == [WIDTHS[0], WIDTHS[2], WIDTHS[3], WIDTHS[0]]
+
+
+def test_signal_inside_of_squares():
+    rng = np.random.default_rng(2)
+    weight = rng.uniform(0.5, 2.0, (2, 50, 45)).astype(np.float32)
+    pool = rng.uniform(size=(3, 2, 40, 40)).astype(np.float32)
+    y0, x0, scale = np.array([4, -13]), np.array([2, 20]), np.array([[1.0, 2.0], [0.5, 3.0]])
+    found = kernels.signal_inside(weight, pool, np.array([2, 0]), y0, x0, scale, np.array([16, 24, 64]))
+    for k, slot in enumerate((2, 0)):
+        padded = np.pad(weight, ((0, 0), (40, 40), (40, 40)))
+        own = padded[:, y0[k] + 40 : y0[k] + 80, x0[k] + 40 : x0[k] + 80]
+        signal = (own * (pool[slot] * scale[k][:, None, None]) ** 2).sum(0)
+        expected = [signal[20 - w // 2 : 20 + w // 2, 20 - w // 2 : 20 + w // 2].sum() for w in (16, 24, 40)]
+        np.testing.assert_allclose(found[k], expected, rtol=1e-5)

@@ -29,6 +29,7 @@ from lsst.meas.vaedeblend.adapters.scarlet_file import (
 )
 from lsst.meas.vaedeblend.evaluation.fields import FieldFile
 from lsst.meas.vaedeblend.ground.psf import gaussian_psf
+from lsst.meas.vaedeblend.rendering import StoredImages
 from lsst.meas.vaedeblend.scene import Parent, PsfGrid
 from lsst.meas.vaedeblend.sources import SourceModels
 from scipy import ndimage
@@ -91,8 +92,7 @@ def source_models(images, ids, parents, peaks, errors, bands, origin=(3000, 9900
         flux_network=flux,
         moments=np.zeros((*flux.shape, 3), np.float32),
         moments_err=np.zeros((*flux.shape, 3), np.float32),
-        model_frame=images,
-        observed=images,
+        images=StoredImages(images, images),
         flags={},
         blendedness=nothing,
         data_coverage=nothing,

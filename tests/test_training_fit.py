@@ -10,11 +10,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from lsst.meas.vaedeblend.cli import main
-from lsst.meas.vaedeblend.network import Network, NetworkError
+from lsst.meas.vaedeblend.ground.psf import gaussian_psf
+from lsst.meas.vaedeblend.inference import Grids
+from lsst.meas.vaedeblend.network import Network, NetworkError, read_metadata
 from lsst.meas.vaedeblend.simulation.banks import make_banks
 from lsst.meas.vaedeblend.simulation.config import TrainingConfig, load_config
 from lsst.meas.vaedeblend.training import losses
-from lsst.meas.vaedeblend.training.export import export_network
+from lsst.meas.vaedeblend.training.export import export_network, write_fit_graphs
 from lsst.meas.vaedeblend.training.fit import fit_step
 from lsst.meas.vaedeblend.training.weights import load_weights
 
@@ -100,7 +102,12 @@ def test_artefact_states_what_it_is(trained):
 def test_artefact_holds_no_path_of_the_machine(trained):
     _, where, path = trained
     package = str(Path(losses.__file__).parents[1]).encode()
-    for file in (path, path.with_name("small_gri_decoder.onnx")):
+    files = sorted(path.parent.glob("*.onnx"))
+    assert [file.stem for file in files] == [
+        "small_gri",
+        *(f"small_gri_{k}" for k in ("decoder", "linearise", "render")),
+    ]
+    for file in files:
         data = file.read_bytes()
         assert b'File "' not in data and package not in data and str(where).encode() not in data
 
@@ -117,6 +124,35 @@ def test_artefact_takes_any_batch_size(trained):
     np.testing.assert_allclose(apart.model, together.model, rtol=1e-4, atol=1e-5 * together.model.max())
     drawn = network.decoder.render(together.latent_mean)
     np.testing.assert_allclose(drawn, together.model, rtol=1e-3, atol=1e-4 * together.model.max())
+
+
+def test_graphs_for_fitting_draw_what_the_decoder_draws(trained):
+    """In seeing that is the model frame's, so that the kernel does nothing."""
+    _, _, path = trained
+    network = Network.load(path)
+    assert network.can_fit
+    psf = np.tile(gaussian_psf(0.8, 25), (1, 3, 1, 1))
+    grids = Grids(network.render, network.linearise, psf, np.tile([0.8**2, 0.8**2, 0.0], (1, 3, 1)))
+    latent, cell = np.random.default_rng(1).normal(size=(5, 12)).astype(np.float32), np.zeros(5, np.int64)
+    images, mixture = grids.draw(latent, cell, 40)
+    expected = network.decoder.render(latent)[..., 12:52, 12:52]
+    images = images * mixture.weight.sum(axis=2)[..., None, None]
+    np.testing.assert_allclose(images, expected, atol=2e-3 * expected.max())
+    flux, slope = grids.parameters(latent)
+    np.testing.assert_allclose(np.exp(flux[..., 0]), mixture.weight.sum(axis=2), rtol=1e-4)
+    assert slope.shape == (5, 3, 6, 12)
+
+
+def test_graphs_for_fitting_are_written_anew(trained, tmp_path):
+    config, _, path = trained
+    write_fit_graphs(path, config, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "small_gri_linearise.onnx",
+        "small_gri_render.onnx",
+    ]
+    for kind in ("render", "linearise"):
+        old, new = (read_metadata(p.with_name(f"small_gri_{kind}.onnx")) for p in (path, tmp_path / "x"))
+        assert new.kind == kind and new.weights_sha256 == old.weights_sha256
 
 
 def test_interrupted_training_goes_on(trained, tmp_path):

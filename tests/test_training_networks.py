@@ -18,20 +18,27 @@ def decoder():
     return Decoder(3, 64, NetworkConfig()).eval()
 
 
-def test_gaussians_are_those_of_galsim(decoder):
+def test_gaussians_are_those_of_galsim(decoder, monkeypatch):
     """One elliptical Gaussian, conformal shear 0.4 at 30 degrees, against GalSim with PSF and pixel."""
     sigma, eta, beta = 2.5, 0.4, np.pi / 6
+    latent = torch.zeros(1, 32)
     with torch.no_grad():
-        drawn = decoder._gaussians(
-            torch.tensor([[[1.3, -0.7]]]),
-            torch.log(torch.tensor([[sigma]])),
-            torch.tensor([[[eta * np.cos(2 * beta), eta * np.sin(2 * beta)]]], dtype=torch.float32),
-        ).numpy()
+        numbers = {name: torch.zeros_like(values) for name, values in decoder._numbers(latent).items()}
+        # All of the flux in the first of the free Gaussians.
+        numbers["share"].view(1, -1, 3)[:, decoder.profiles] = 40.0
+        numbers["free_centre"][0, :2] = torch.tensor([1.3, -0.7]) / decoder.free_reach
+        numbers["free_log_radius"][0, 0] = np.log(sigma)
+        numbers["free_eta"][0, :2] = torch.tensor([eta * np.cos(2 * beta), eta * np.sin(2 * beta)])
+        monkeypatch.setattr(decoder, "_numbers", lambda latent: numbers)
+        shape = decoder.shape(latent)
+        drawn = shape.morphology[0, 1].numpy()
+        flux = decoder(latent)[0, 1].numpy().sum() / drawn.sum()
+    assert flux == pytest.approx(np.exp(decoder.log_flux_offset), rel=1e-5)
     profile = galsim.Gaussian(sigma=sigma).shear(eta=eta, beta=beta * galsim.radians)
     profile = galsim.Convolve(profile, galsim.Gaussian(sigma=MODEL_SIGMA)).shift(1.3, -0.7)
     expected = profile.drawImage(nx=65, ny=65, scale=1.0).array[:64, :64]
     # The pixel enters as its variance only: the difference is of fourth order.
-    assert np.abs(drawn.reshape(64, 64) - expected).max() < 2e-3 * expected.max()
+    assert np.abs(drawn - expected).max() < 2e-3 * expected.max()
 
 
 def test_morphology_has_unit_flux_and_model_its_flux(decoder):

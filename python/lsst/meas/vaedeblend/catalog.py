@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from .ground.bands import reference_band
 from .ground.flags import PARENT_FLAGS, SKIP_FLAGS, SOURCE_FLAGS
-from .ground.psf import adaptive_moments
 from .sources import ParentSummary, SourceModels
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def object_table(
         flux, flux_err = posterior.flux, posterior.flux_err
         moments, moments_err = posterior.shape, posterior.shape_err
     if moments is None:
-        moments = adaptive_moments(sources.model_frame[:, sources.bands.index(band)])
+        moments = sources.images.shapes(sources.bands.index(band))
     for i, name in enumerate(sources.bands):
         columns += [
             (

@@ -245,7 +245,7 @@ def _draw(
     axes[0].set_ylabel("y [pixel]")
 
     # The blends with most members, but not so large that nothing can be seen on a small panel.
-    side = models.observed.shape[-1]
+    side = models.images.size
     extent = np.maximum(parents["bbox_width"], parents["bbox_height"])
     members = np.where(extent <= side, parents["deblend_nChild"], 0)
     rows = [i for i in np.argsort(-members, kind="stable")[:n_blends] if members[i] > 1]
@@ -257,7 +257,7 @@ def _draw(
 def _draw_blends(figure, blends, scene: Scene, models: SourceModels, total, sigma, n_children: int) -> None:
     """Draw one row per blend: image, models, residual, and its brightest members each alone."""
     noise, (oy, ox) = scene.noise, scene.origin
-    size = models.observed.shape[-1]
+    size = models.images.size
     axes = figure.subplots(len(blends), 3 + n_children, squeeze=False)
     for row, parent in zip(axes, blends, strict=True):
         corner_y = [round(float(parent["y"])) - size // 2 - oy]
@@ -282,7 +282,7 @@ def _draw_blends(figure, blends, scene: Scene, models: SourceModels, total, sigm
             # Onto the same square as the blend, so that it is seen where it lies.
             y0, x0 = int(models.corner_y[i]), int(models.corner_x[i])
             ys, xs = slice(max(y0, 0), y0 + size), slice(max(x0, 0), x0 + size)
-            part = models.observed[i][:, ys.start - y0 :, xs.start - x0 :]
+            part = models.images.observed([i])[0][:, ys.start - y0 :, xs.start - x0 :]
             target = alone[:, ys, xs]
             target += part[:, : target.shape[1], : target.shape[2]]
             alone = cut_out(alone, corner_y, corner_x, size)[0]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ground.bands import reference_band
+from .ground.gaussians import adaptive_moments_of_gaussians
 from .ground.psf import adaptive_moments
 from .network import Network
 from .rendering import Renderer, unit_shapes
@@ -19,7 +20,7 @@ from .sources import SourceModels
 __all__ = ["Posterior", "sample_posterior"]
 
 # Sources whose samples are decoded and rendered at once; bounds the memory.
-_CHUNK = 16
+_CHUNK = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ def sample_posterior(
     b, n = models.bands.index(band), len(models)
     from_network = np.isfinite(models.flux_network).any(axis=1)
     shape = np.full((n, 3), np.nan)
-    shape[from_network] = adaptive_moments(models.model_frame[from_network, b])
+    shape[from_network] = models.images.shapes(b)[from_network]
     flux_err, shape_err = models.flux_err.copy(), np.full((n, 3), np.nan)
     rows = np.flatnonzero(from_network)
     if n_samples and len(rows):
@@ -106,7 +107,6 @@ def sample_posterior(
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
             scatter, shape_err[part] = _scatter(models, network, renderer, part, draws, b)
-            scatter[np.isfinite(models.latent_covariance[part]).all(axis=(1, 2))] = 0.0
             flux_err[part] = np.hypot(flux_err[part], np.nan_to_num(scatter))
     return Posterior(models.bands, band, models.flux.copy(), flux_err, shape, shape_err)
 
@@ -122,15 +122,27 @@ def _scatter(
             # Rounding may leave an eigenvalue below zero.
             values, vectors = np.linalg.eigh(models.latent_covariance[row].astype(float))
             latent[i] = models.latent_mean[row] + draws @ (vectors * np.sqrt(np.maximum(values, 0.0))).T
-    shapes, _, sound = unit_shapes(network.decoder.render(latent.reshape(k * d, -1)))
+    refined = np.isfinite(models.latent_covariance[rows]).all(axis=(1, 2))
+    flat = latent.reshape(k * d, -1)
+    if network.can_fit and refined.all():
+        # Errors of fluxes are those of the fit, and shapes of Gaussians need no pixels.
+        mixture = network.render.mixture(flat)
+        frame = network.metadata.frame["sigma"] ** 2 + 1.0 / 12.0
+        moments = adaptive_moments_of_gaussians(
+            mixture.weight[:, band], mixture.position, mixture.covariance, frame
+        )
+        sound = np.ones((k, d, 1), bool)
+        return np.zeros((k, len(models.bands))), _spread(moments.reshape(k, d, 3), sound)
+    shapes, _, whole = unit_shapes(network.decoder.render(flat))
     moments = adaptive_moments(shapes[:, band])
     observed = renderer.observed(shapes, np.repeat(models.psf_index[rows], d))
     observed = observed.reshape(k, d, *observed.shape[1:])
     with np.errstate(invalid="ignore", divide="ignore"):
-        own = np.einsum("kbyx,kdbyx->kdb", models.observed[rows], observed, dtype=np.float64)
+        own = np.einsum("kbyx,kdbyx->kdb", models.images.observed(rows), observed, dtype=np.float64)
         own /= np.einsum("kdbyx,kdbyx->kdb", observed, observed, dtype=np.float64)
-    sound = sound.reshape(k, d, 1)
-    return _spread(own, sound), _spread(moments.reshape(k, d, 3), sound)
+    sound = whole.reshape(k, d, 1)
+    scatter = np.where(refined[:, None], 0.0, _spread(own, sound))
+    return scatter, _spread(moments.reshape(k, d, 3), sound)
 
 
 def _spread(values: NDArray, good: NDArray) -> NDArray[np.float64]:

@@ -12,8 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import erf
 
 from .ground.cutouts import add_cutouts
+from .ground.gaussians import adaptive_moments_of_gaussians
 from .ground.psf import (
     FWHM_PER_SIGMA,
+    adaptive_moments,
     convolve_to_observed,
     difference_kernel_ft,
     fft_size,
@@ -21,13 +23,13 @@ from .ground.psf import (
     kolmogorov_psf,
     matching_kernel_ft,
 )
-from .network import Decoder, NetworkMetadata
+from .network import Decoder, NetworkMetadata, Render
 from .scene import PsfGrid
 
 if TYPE_CHECKING:
     from .sources import SourceModels
 
-__all__ = ["Renderer", "SourceImages", "StoredImages", "render", "square", "unit_shapes"]
+__all__ = ["Renderer", "SelectedImages", "SourceImages", "StoredImages", "render", "square", "unit_shapes"]
 
 
 def unit_shapes(models: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_]]:
@@ -194,6 +196,8 @@ class SourceImages:
     ----------
     decoder : `Decoder` or `None`
         Renders the latents; `None` only where every source has a template.
+    render : `Render` or `None`
+        Gives the Gaussians of the latents, where the network draws such.
     renderer : `Renderer`
         Takes models to the observed frame.
     latent : `numpy.ndarray`, (N, L)
@@ -205,7 +209,8 @@ class SourceImages:
     flux_network : `numpy.ndarray`, (N, B)
         Fluxes that go with the latents, light beyond the cutout included; NaN where that is not known.
     templates : `dict` [`int`, `tuple` [`numpy.ndarray`]], optional
-        Images (B, S, S) in the network's frame and as observed, nJy, of sources without a model from the network.
+        Images (B, S, S) in the network's frame and as observed, nJy, of sources without a model from the
+        network.
     """
 
     _CHUNK = 64
@@ -213,6 +218,7 @@ class SourceImages:
     def __init__(
         self,
         decoder: Decoder | None,
+        render: Render | None,
         renderer: Renderer,
         latent: NDArray[np.float32],
         psf_index: NDArray[np.int64],
@@ -220,13 +226,18 @@ class SourceImages:
         flux_network: NDArray[np.float64],
         templates: dict[int, tuple[NDArray, NDArray]] | None = None,
     ) -> None:
-        self._decoder, self._renderer = decoder, renderer
+        self._decoder, self._draw, self._renderer = decoder, render, renderer
         self._latent, self._psf_index = latent, psf_index
         self._flux, self._flux_network = flux, flux_network
         self._templates = templates or {}
 
     def __len__(self) -> int:
         return len(self._latent)
+
+    @property
+    def size(self) -> int:
+        """Width S of the images, pixel (`int`)."""
+        return self._renderer.metadata.cutout_size
 
     def model_frame(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
         """Render models in the network's frame, (K, B, S, S), nJy; all of them by default."""
@@ -235,6 +246,37 @@ class SourceImages:
     def observed(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
         """Render models as the coadd shows them, (K, B, S, S), nJy; all of them by default."""
         return self._render(rows, 1)
+
+    def shapes(self, band: int) -> NDArray[np.float64]:
+        """Measure adaptive second moments Ixx, Iyy, Ixy of all models in the network's frame.
+
+        Parameters
+        ----------
+        band : `int`
+            Index of the band.
+
+        Returns
+        -------
+        moments : `numpy.ndarray`, (N, 3)
+            Moments, pixel^2; NaN where there are none.
+        """
+        out = np.full((len(self), 3), np.nan)
+        templates = np.isin(np.arange(len(self)), list(self._templates))
+        drawn = np.flatnonzero(~templates & np.isfinite(self._flux_network).any(axis=1))
+        if self._draw is not None and len(drawn):
+            mixture = self._draw.mixture(self._latent[drawn])
+            # The decoder integrates over pixels by adding their variance.
+            frame = self._renderer.metadata.frame["sigma"] ** 2 + 1.0 / 12.0
+            out[drawn] = adaptive_moments_of_gaussians(
+                mixture.weight[:, band], mixture.position, mixture.covariance, frame
+            )
+            drawn = np.flatnonzero(templates)
+        else:
+            drawn = np.arange(len(self))
+        for start in range(0, len(drawn), self._CHUNK):
+            rows = drawn[start : start + self._CHUNK]
+            out[rows] = adaptive_moments(self.model_frame(rows)[:, band])
+        return out
 
     def _render(self, rows: ArrayLike | None, frame: int) -> NDArray[np.float32]:
         number = np.arange(len(self)) if rows is None else np.atleast_1d(np.asarray(rows, np.int64))
@@ -258,6 +300,41 @@ class SourceImages:
         return out
 
 
+class SelectedImages:
+    """Images of deblended sources in some of their bands, in place of `SourceImages`.
+
+    Parameters
+    ----------
+    images : `SourceImages`, `StoredImages` or `SelectedImages`
+        Images in all bands.
+    bands : array_like, (B,)
+        Indices of the bands.
+    """
+
+    def __init__(self, images: SourceImages | StoredImages | SelectedImages, bands: ArrayLike) -> None:
+        self._images, self._bands = images, np.asarray(bands)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @property
+    def size(self) -> int:
+        """Width S of the images, pixel (`int`)."""
+        return self._images.size
+
+    def model_frame(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Give models in the network's frame; see `SourceImages.model_frame`."""
+        return self._images.model_frame(rows)[:, self._bands]
+
+    def observed(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Give models as the coadd shows them; see `SourceImages.observed`."""
+        return self._images.observed(rows)[:, self._bands]
+
+    def shapes(self, band: int) -> NDArray[np.float64]:
+        """Measure adaptive second moments; see `SourceImages.shapes`."""
+        return self._images.shapes(int(self._bands[band]))
+
+
 class StoredImages:
     """Images of deblended sources that are at hand, in place of `SourceImages`.
 
@@ -273,6 +350,11 @@ class StoredImages:
     def __len__(self) -> int:
         return len(self._observed)
 
+    @property
+    def size(self) -> int:
+        """Width S of the images, pixel (`int`)."""
+        return self._observed.shape[-1]
+
     def model_frame(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
         """Give models in the network's frame; see `SourceImages.model_frame`."""
         return self._model_frame if rows is None else self._model_frame[np.atleast_1d(rows)]
@@ -280,6 +362,10 @@ class StoredImages:
     def observed(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
         """Give models as the coadd shows them; see `SourceImages.observed`."""
         return self._observed if rows is None else self._observed[np.atleast_1d(rows)]
+
+    def shapes(self, band: int) -> NDArray[np.float64]:
+        """Measure adaptive second moments; see `SourceImages.shapes`."""
+        return adaptive_moments(self._model_frame[:, band])
 
 
 def render(models: SourceModels, shape: tuple[int, int]) -> NDArray[np.float32]:

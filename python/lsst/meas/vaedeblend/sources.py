@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .network import Decoder, Network
-from .rendering import Renderer, SourceImages, StoredImages
+from .rendering import Renderer, SelectedImages, SourceImages, StoredImages
 from .scene import PsfGrid
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class SourceModels:
     flux_network: NDArray[np.float64]
     moments: NDArray[np.float32]
     moments_err: NDArray[np.float32]
-    images: SourceImages | StoredImages
+    images: SourceImages | StoredImages | SelectedImages
     flags: dict[str, NDArray[np.bool_]]
     blendedness: NDArray[np.float64]
     data_coverage: NDArray[np.float64]
@@ -218,7 +218,10 @@ class SourceModels:
         flux_network = np.full(flux.shape, np.nan)
         if "flux_network" in table.colnames:
             flux_network = np.asarray(table["flux_network"], float).reshape(flux.shape)
-        images = SourceImages(decoder, renderer, latent, psf_index, flux, flux_network, templates)
+        render = network.render if isinstance(network, Network) and network.can_fit else None
+        images = SourceImages(
+            decoder, render, renderer, latent, psf_index, flux, flux_network, templates
+        )
         nothing = np.full(n, np.nan)
         return cls(
             bands=bands,

@@ -40,13 +40,13 @@ class DeblendConfig(Config):
     )
     refinementTolerance = RangeField[float](
         doc="A source has settled when a step promises to lower chi-square by less than this.",
-        default=2.0,
+        default=1.0,
         min=0.0,
     )
     refinementPrior = RangeField[float](
         doc="Precision of the latents' normal prior in the refinement. Below 1 shapes of faint sources are "
         "less round, and all that is measured of them is noisier.",
-        default=2.0,
+        default=0.5,
         min=0.0,
         inclusiveMin=False,
     )
@@ -134,7 +134,7 @@ class DeblendConfig(Config):
         min=0,
     )
     batchSize = RangeField[int](
-        doc="Cutouts that go through the network at once; bounds the memory it takes.", default=128, min=1
+        doc="Cutouts that go through the network at once; bounds the memory it takes.", default=32, min=1
     )
     allowMissingBands = Field[bool](
         doc="Deblend scenes that lack some of the network's bands? Objects are flagged missing_band, and "

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """From cutouts and latents to images as observed, for both kinds of networks.
 
-Networks that draw Gaussians are drawn on squares as wide as a source needs, and can be refined on the pixels. Of
-others there is an image in the network's frame, which is taken to the observed frame whole.
+Networks that draw Gaussians are drawn on squares as wide as a source needs, and can be refined on the
+pixels. Of others there is an image in the network's frame, which is taken to the observed frame whole.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ..rendering import Renderer, unit_shapes
 
 __all__ = ["Drawing", "Drawn", "GridDrawing", "PixelDrawing", "choose_drawing"]
 
-_OUTSIDE = 0.25
-"""Squared signal-to-noise ratio of a source that may lie outside of its square."""
+_OUTSIDE = 1e-5
+"""Part of the squared signal-to-noise ratio of a source that may lie outside of its square; one sigma in
+any case."""
 
 
 @dataclasses.dataclass(eq=False)

@@ -49,9 +49,7 @@ def solve(state: State, rows: NDArray[np.int64]) -> None:
         rhs = data[members].T + np.einsum("bij,bj->bi", normal, r.flux[rows[members]].T)
         good = measured[members].T
         normal = np.where(good[:, :, None] & good[:, None, :], normal, 0.0)
-        found, deviation = joint_fluxes(
-            normal, rhs, r.network_flux[rows[members]].T, state.config.fluxPrior
-        )
+        found, deviation = joint_fluxes(normal, rhs, r.network_flux[rows[members]].T, state.config.fluxPrior)
         flux[members], error[members] = found.T, deviation.T
     state.set_fluxes(rows, np.nan_to_num(flux))
     r.error[rows], r.measured[rows] = error, measured
@@ -64,7 +62,9 @@ def _alone(
     prior = state.rows.network_flux[rows]
     weight = np.where(np.isfinite(prior), state.config.fluxPrior, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        flux = (data + own * state.rows.flux[rows] + weight * own * np.nan_to_num(prior)) / (own * (1 + weight))
+        flux = (data + own * state.rows.flux[rows] + weight * own * np.nan_to_num(prior)) / (
+            own * (1 + weight)
+        )
         error = 1.0 / np.sqrt(own * (1 + weight))
     flux = np.where(measured, np.maximum(flux, 0.0), np.nan)
     return flux, np.where(measured, error, np.nan)

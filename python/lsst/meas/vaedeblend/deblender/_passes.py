@@ -17,8 +17,8 @@ from ._state import State
 __all__ = ["apply_network", "first_answers", "improve", "take_pass", "try_by_passes"]
 
 _CHANGED = 1.0
-"""Squared signal-to-noise ratio, per band, of neighbours' light in the middle of a cutout above which the network is
-asked again without it."""
+"""Squared signal-to-noise ratio, per band, of neighbours' light in the middle of a cutout above which the
+network is asked again without it."""
 
 _MIDDLE = 16
 """Width of that middle, pixel."""

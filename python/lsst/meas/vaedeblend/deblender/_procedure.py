@@ -62,7 +62,8 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
         network.check(pixel_scale=scene.pixel_scale)
     if not scene.psf.valid.any():
         raise ValueError("The scene has no PSF in any cell and band.")
-    # Many small matrices: threads of linear algebra would only get in each other's way, and in that of others.
+    # Many small matrices: threads of linear algebra would only get in each other's way, and in that of
+    # others.
     with threadpool_limits(limits=1, user_api="blas"):
         return _deblend(State(scene, network, config))
 

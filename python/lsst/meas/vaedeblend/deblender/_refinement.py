@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,8 +30,8 @@ _TRIES = 3
 """Steps that are tried after one linearisation, each shorter than the one before."""
 
 _FLUX_TOLERANCE = 0.01
-"""Part of its flux to which a source is fitted in any case: bright ones need not be fitted to what is a small part
-of their noise."""
+"""Part of its flux to which a source is fitted in any case: bright ones need not be fitted to what is a
+small part of their noise."""
 
 _TRIAL_STEPS = 2
 """Steps of refinement before new peaks are judged."""
@@ -82,7 +80,7 @@ def _take_steps(state: State, rows: NDArray[np.int64], steps: int) -> None:
 
     Overlapping sources whose posterior gets less probable go back to where they were, and take shorter steps.
     """
-    r, config = state.rows, state.config
+    r = state.rows
     rows = rows[~r.failed[rows] & (r.stamps.width[rows] > 0)]
     # From here on the fluxes are those of the latents.
     latent_flux = np.where(r.measured[rows], r.network_flux[rows], 0.0)
@@ -100,14 +98,15 @@ def _step(state: State, rows: NDArray[np.int64]) -> None:
     """One step of all sources of a batch that have not settled."""
     r = state.rows
     system, tolerance = _linearise(state, rows)
-    promise = system.step(np.zeros(len(rows)))[1]
+    promise = system.promise
     groups, count = system.groups, int(system.groups.max()) + 1
     lost = ~np.isfinite(promise)
     bad = np.bincount(groups, weights=lost, minlength=count)[groups] > 0
     # What cannot be solved stays as it is.
     r.stuck[rows[bad]] = True
     r.promise[rows] = np.where(lost, np.inf, promise) / tolerance
-    # Next to one that moves none has settled: what is good for it now need not be so afterwards.
+    # Next to one that moves none has settled: what is good for it now need not be so afterwards. A step that
+    # promises little is taken all the same, and is the last one.
     unfinished = ~(r.promise[rows] < 1.0)
     one, other = system.pairs.T
     near = unfinished.copy()
@@ -115,7 +114,7 @@ def _step(state: State, rows: NDArray[np.int64]) -> None:
     np.logical_or.at(near, other, unfinished[one])
     settled = ~bad & ~near
     r.settled[rows[settled]] = True
-    moving = np.flatnonzero(~bad & ~settled)
+    moving = np.flatnonzero(~bad)
     for _ in range(_TRIES):
         if not len(moving):
             return
@@ -127,7 +126,8 @@ def _step(state: State, rows: NDArray[np.int64]) -> None:
 def _try_step(
     state: State, rows: NDArray[np.int64], system: GaussNewton, moving: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Take a step with those sources of a batch that are moving; return which of them have to try a shorter one."""
+    """Take a step with those sources of a batch that are moving; return which of them have to try a shorter
+    one."""
     r, config = state.rows, state.config
     groups, count = system.groups, int(system.groups.max()) + 1
     own = rows[moving]
@@ -221,10 +221,9 @@ def _linearise(state: State, rows: NDArray[np.int64]) -> tuple[GaussNewton, NDAr
     return GaussNewton(gradient, block, pairs, _cross(parts, place, inner, pairs, length)), tolerance
 
 
-def _informative(
-    state: State, rows: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Widths of the squares that hold what the pixels tell of sources, and squared signal-to-noise ratios, (K,).
+def _informative(state: State, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Widths of the squares that hold what the pixels tell of sources, and squared signal-to-noise ratios,
+    (K,).
 
     Less than 4 (two sigma), or less than a hundredth, of the squared signal-to-noise ratio lies outside.
     """
@@ -285,7 +284,7 @@ def set_posterior(state: State) -> None:
     for part in _batches(state, rows):
         system, tolerance = _linearise(state, part)
         r.covariance[part] = config.posteriorScale**2 * system.covariances()
-        gain = system.step(np.zeros(len(part)))[1]
+        gain = system.promise
         r.promise[part] = np.where(np.isfinite(gain), gain, np.inf) / tolerance
     if len(rows):
         covariance = r.covariance[rows]

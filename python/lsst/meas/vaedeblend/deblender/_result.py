@@ -12,8 +12,10 @@ from scipy.spatial import cKDTree
 
 from ..ground.cutouts import add_cutouts
 from ..inference import kernels
+from ..network import Decoder, NetworkError
 from ..rendering import SourceImages, square
 from ..sources import ParentSummary, SourceModels
+from ._drawing import GridDrawing
 from ._flags import source_flags
 from ._state import State
 
@@ -80,7 +82,8 @@ def assemble(state: State) -> DeblendResult:
         moments=r.moments[rows],
         moments_err=r.moments_error[rows],
         images=SourceImages(
-            state.network.decoder,
+            _decoder(state),
+            state.network.render if isinstance(state.drawing, GridDrawing) else None,
             state.renderer,
             r.mean[rows],
             r.cell[rows],
@@ -95,6 +98,14 @@ def assemble(state: State) -> DeblendResult:
     )
     np.logical_or.at(state.parent_flags["failed_source"], parent, flags["fallback"])
     return DeblendResult(sources, _summarise(state, parent[active]), residual)
+
+
+def _decoder(state: State) -> Decoder | None:
+    """The network's decoder; a network that has none draws nothing afterwards."""
+    try:
+        return state.network.decoder
+    except NetworkError:
+        return None
 
 
 def _summarise(state: State, children: NDArray[np.int64]) -> ParentSummary:

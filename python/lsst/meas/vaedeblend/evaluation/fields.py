@@ -280,7 +280,7 @@ def _on_stamp(sources: SourceModels, i: int, y0: int, x0: int, size: int) -> NDA
     """Put the observed model of source i on a square whose first pixel is (y0, x0)."""
     stamp = np.zeros((len(sources.bands), size, size), np.float32)
     dy, dx = int(sources.corner_y[i]) - int(y0), int(sources.corner_x[i]) - int(x0)
-    model = sources.observed[i]
+    model = sources.images.observed([i])[0]
     height, width = model.shape[1:]
     ys, xs = slice(max(dy, 0), min(dy + height, size)), slice(max(dx, 0), min(dx + width, size))
     if ys.start < ys.stop and xs.start < xs.stop:

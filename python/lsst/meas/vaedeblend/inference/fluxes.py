@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 __all__ = ["MIN_COVERAGE", "joint_fluxes"]
 
 MIN_COVERAGE = 0.01
-"""Part of a model's squared shape that must lie on valid pixels for its flux to count as measured: where only far
-wings are valid, it would be a wild extrapolation."""
+"""Part of a model's squared shape that must lie on valid pixels for its flux to count as measured: where
+only far wings are valid, it would be a wild extrapolation."""
 
 
 def joint_fluxes(

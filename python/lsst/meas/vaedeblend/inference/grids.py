@@ -29,8 +29,9 @@ _PADDED = {16: 36, 24: 48, 40: 64, 64: 96}
 """Widths of the grids of the Fourier transforms: kernels may reach as far as these exceed the squares."""
 
 _FINE_SIGMA = 1.2
-"""Narrowest PSF, pixel, whose derivatives coarse pixels of 2 x 2 can hold: sums of their products are right to
-2 exp(-2 pi^2 s^2 / 4), four percent, for a point source with s = sigma / sqrt(2), and better for all others."""
+"""Narrowest PSF, pixel, whose derivatives coarse pixels of 2 x 2 can hold: sums of their products are right
+to 2 exp(-2 pi^2 s^2 / 4), four percent, for a point source with s = sigma / sqrt(2), and better for all
+others."""
 
 _BATCH = {16: 16, 24: 16, 40: 8, 64: 4}
 """Sources that go through a graph at once: as many as a processor's cache holds what comes between."""
@@ -40,8 +41,8 @@ _BATCH = {16: 16, 24: 16, 40: 8, 64: 4}
 class _Fourier:
     """The transform of squares that are padded with zeros, along rows and columns, and back.
 
-    Real and imaginary parts are halves of the matrices: (W, 2K), (2F, 2W), (2W, 2F) and (2K, W) for F rows and
-    K = F // 2 + 1 columns of frequencies.
+    Real and imaginary parts are halves of the matrices: (W, 2K), (2F, 2W), (2W, 2F) and (2K, W) for F rows
+    and K = F // 2 + 1 columns of frequencies.
     """
 
     columns: NDArray[np.float32]
@@ -88,6 +89,7 @@ class Grids:
         # A middle of the kernels in pixels, once per cell, from which every width takes what it needs.
         self._wide = fft_size(size, max(stamps.shape[2:]))
         self._kernels: dict[int, NDArray[np.float32]] = {}
+        self._pixel_kernels: dict[int, NDArray[np.float32]] = {}
         self._row: dict[int, NDArray[np.int64]] = {w: np.full(len(stamps), -1) for w in self.widths}
         self._common: dict[int, dict[str, Any]] = {}
         narrowest = float(moments_sigma(moments).min())
@@ -116,25 +118,27 @@ class Grids:
         weight : `numpy.ndarray`, (K, B)
             Typical inverse variance of a pixel, nJy^-2.
         tolerance : `float`
-            Squared signal-to-noise ratio that may lie outside.
+            Part of the squared signal-to-noise ratio that may lie outside, and never less than 1.
 
         Returns
         -------
         widths : `numpy.ndarray`, (K,)
             The largest one where none suffices.
         """
-        flux = light.sum(2)
-        # As round Gaussians, with the PSF's wings as those of a point source.
-        spread = np.maximum(covariance[..., 0], covariance[..., 2])[:, None]
-        spread = spread + moments_sigma(self._moments[cell])[..., None] ** 2
+        # As round Gaussians through the widest PSF, with the PSF's wings as those of a point source.
+        spread = np.maximum(covariance[..., 0], covariance[..., 2])
+        spread = spread + moments_sigma(self._moments[cell]).max(axis=1)[:, None] ** 2
         out = np.full(len(light), self.widths[-1])
-        both = light[:, :, :, None] * light[:, :, None, :]
-        both /= 2 * np.pi * (spread[:, :, :, None] + spread[:, :, None, :])
-        steep = 0.5 / spread[:, :, :, None] + 0.5 / spread[:, :, None, :]
+        scaled = light * np.sqrt(weight)[:, :, None]
+        both = scaled.transpose(0, 2, 1) @ scaled
+        both /= 2 * np.pi * (spread[:, :, None] + spread[:, None, :])
+        allowed = np.maximum(1.0, tolerance * both.sum((1, 2)))
+        steep = 0.5 / spread[:, :, None] + 0.5 / spread[:, None, :]
+        flux2 = scaled.sum(2) ** 2
         for i in reversed(range(len(self.widths) - 1)):
-            outside = (both * np.exp(-steep * (self.widths[i] / 2) ** 2)).sum((2, 3))
-            outside += flux**2 * self._point_tails[cell, :, i]
-            out[(outside * weight).sum(1) < tolerance] = self.widths[i]
+            outside = (both * np.exp(-steep * (self.widths[i] / 2) ** 2)).sum((1, 2))
+            outside += (flux2 * self._point_tails[cell, :, i]).sum(1)
+            out[outside < allowed] = self.widths[i]
         return out
 
     def draw(self, latent: NDArray, cell: NDArray, width: int) -> tuple[NDArray[np.float32], Mixture]:
@@ -205,19 +209,11 @@ class Grids:
 
     def mixture(self, latent: NDArray) -> Mixture:
         """Give the Gaussians of sources; see `lsst.meas.vaedeblend.network.Render.mixture`."""
-        width = self.widths[0]
-        return self._render.mixture(latent, self._inputs(width, np.zeros(1, np.int64)))
+        return self._render.mixture(latent)
 
     def parameters(self, latent: NDArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Give parameters of the models; see `lsst.meas.vaedeblend.network.Linearise.parameters`."""
-        width = self.widths[0]
-        common = self._inputs(width, np.zeros(1, np.int64))
-        # No pixel is needed.
-        one = {"columns": np.zeros((1, 2), np.float32), "rows": np.zeros((2, 2), np.float32)}
-        one |= {"back_rows": np.zeros((2, 2), np.float32), "back_columns": np.zeros((2, 1), np.float32)}
-        one |= {"x": np.zeros(1, np.float32), "y": np.zeros(1, np.float32)}
-        kernels = np.zeros((1, 2, self._stamps.shape[1], 1, 1), np.float32)
-        return self._linearise.parameters(latent, common | one | {"kernels": kernels})
+        return self._linearise.parameters(latent)
 
     def _inputs(self, width: int, cell: NDArray) -> dict[str, Any]:
         """What all sources of one width share, with the kernels of some cells."""
@@ -244,16 +240,17 @@ class Grids:
 
     def _kernel(self, cell: int, width: int) -> NDArray[np.float32]:
         """Transform of a cell's kernels, real and imaginary parts, (2, B, F, K)."""
-        size = _PADDED[width]
-        stamps = self._stamps[cell]
-        there = np.isfinite(stamps).all(axis=(1, 2))
-        wide = difference_kernel_ft(np.nan_to_num(stamps), self._sigma, self._wide)
-        kernel = scipy.fft.irfft2(wide, s=(self._wide, self._wide))
+        size, kernel = _PADDED[width], self._pixel_kernels.get(cell)
+        if kernel is None:
+            stamps = self._stamps[cell]
+            wide = difference_kernel_ft(np.nan_to_num(stamps).astype(np.float32), self._sigma, self._wide)
+            kernel = scipy.fft.irfft2(wide, s=(self._wide, self._wide))
+            kernel[~np.isfinite(stamps).all(axis=(1, 2))] = 0.0
+            self._pixel_kernels[cell] = kernel
         # Offsets that the padding holds without wrapping around.
         reach = min(size - width, (self._wide - 1) // 2)
         offsets = np.arange(-reach, reach + 1)
-        small = np.zeros((len(kernel), size, size))
+        small = np.zeros((len(kernel), size, size), np.float32)
         small[:, (offsets % size)[:, None], offsets % size] = kernel[:, offsets[:, None], offsets]
-        small[~there] = 0.0
         transform = scipy.fft.rfft2(small)
         return np.stack([transform.real, transform.imag]).astype(np.float32)

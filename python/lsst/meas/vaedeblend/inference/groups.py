@@ -110,12 +110,15 @@ class GaussNewton:
         self.pairs, self.cross = pairs, np.asarray(cross, np.float64)
         self.groups = connected_groups(len(gradient), pairs)
 
+    @cached_property
     def members(self) -> list[NDArray[np.int64]]:
         """Sources of each group, in order."""
         order = np.argsort(self.groups, kind="stable")
         return np.split(order, np.flatnonzero(np.diff(self.groups[order])) + 1) if len(order) else []
 
-    def step(self, damping: NDArray, longest: float = np.inf) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def step(
+        self, damping: NDArray, longest: float = np.inf
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Solve for the step, damped as by Levenberg and Marquardt.
 
         Parameters
@@ -124,8 +127,8 @@ class GaussNewton:
             Factor by which the diagonal of the matrix grows, minus 1; the same for all members of a group.
         longest : `float`, optional
             Longest step of one source. Longer ones are held back by a precision of their own, about which the
-            neighbours know: to cut a step after it was solved for would leave them with what they were to take
-            over.
+            neighbours know: to cut a step after it was solved for would leave them with what they were to
+            take over.
 
         Returns
         -------
@@ -139,7 +142,7 @@ class GaussNewton:
         axis = np.arange(length)
         block = self.block.copy()
         block[:, axis, axis] *= 1.0 + np.asarray(damping)[:, None]
-        change = self._solve(block, self.members())
+        change = self._solve(block, self.members) if np.any(damping) else self.newton.copy()
         ridge = np.zeros(len(block))
         for _ in range(_RIDGES):
             square = (change**2).sum(axis=1)
@@ -152,11 +155,21 @@ class GaussNewton:
             held = block.copy()
             held[:, axis, axis] += ridge[:, None]
             touched = np.unique(self.groups[long])
-            members = [rows for rows in self.members() if self.groups[rows[0]] in touched]
+            members = [rows for rows in self.members if self.groups[rows[0]] in touched]
             again = self._solve(held, members)
             solved = np.concatenate(members)
             change[solved] = again[solved]
         return change, (change * self.gradient).sum(axis=1)
+
+    @cached_property
+    def newton(self) -> NDArray[np.float64]:
+        """The undamped step, (K, L); NaN for groups whose system cannot be solved."""
+        return self._solve(self.block, self.members)
+
+    @property
+    def promise(self) -> NDArray[np.float64]:
+        """Decrease of chi-square that the undamped step promises, shared out among the sources, (K,)."""
+        return (self.newton * self.gradient).sum(axis=1)
 
     def _solve(self, block: NDArray, members: list[NDArray[np.int64]]) -> NDArray[np.float64]:
         """Solve the systems of some groups, with diagonal blocks as given."""
@@ -220,7 +233,12 @@ def _solve_blocks(block: NDArray, rhs: NDArray) -> NDArray[np.float64]:
     try:
         return np.linalg.solve(block, rhs[:, :, None])[:, :, 0]
     except np.linalg.LinAlgError:
-        return np.stack([_solve_dense(b[None], np.empty((0, 2), int), b[:0], r[None])[0] for b, r in zip(block, rhs, strict=True)])
+        return np.stack(
+            [
+                _solve_dense(b[None], np.empty((0, 2), int), b[:0], r[None])[0]
+                for b, r in zip(block, rhs, strict=True)
+            ]
+        )
 
 
 def _inverse_blocks(block: NDArray) -> NDArray[np.float64]:
@@ -253,7 +271,9 @@ def _leading_inverse(matrix: NDArray, length: int) -> NDArray[np.float64]:
     unit = np.zeros((len(matrix), length))
     unit[:length] = np.eye(length)
     try:
-        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True, check_finite=False), unit)[:length]
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True, check_finite=False), unit)[
+            :length
+        ]
     except np.linalg.LinAlgError:
         return np.full((length, length), np.nan)
 

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Compiled loops over the pixels of sources' squares.
 
-A square of width W has its pixel [0, 0] at (y0, x0) of the scene and may hang over the scene's border; what lies
-beyond is passed over. Images of sources come as a pool (M, B, W, W) and the number of each one's image in it.
+A square of width W has its pixel [0, 0] at (y0, x0) of the scene and may hang over the scene's border; what
+lies beyond is passed over. Images of sources come as a pool (M, B, W, W) and the number of each one's image
+in it.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def exchange(residual, weight, old, old_slot, old_scale, new, new_slot, new_scal
     Returns
     -------
     change : `numpy.ndarray`, (K,)
-        Changes of chi-square, one source after the other: what two sources do to each other is in it as far as
-        both change.
+        Changes of chi-square, one source after the other: what two sources do to each other is in it as far
+        as both change.
     """
     bands, height, width = residual.shape
     wide = max(old.shape[2], new.shape[2])
@@ -199,8 +200,8 @@ def moments_of_products(residual, weight, pool, slot, y0, x0):
     Returns
     -------
     own, seen, data : `numpy.ndarray`, (K, B)
-        Sums of image^2 times weight, of image^2 where the weight is positive, and of image times residual times
-        weight.
+        Sums of image^2 times weight, of image^2 where the weight is positive, and of image times residual
+        times weight.
     """
     bands, height, width = residual.shape
     size = pool.shape[2]

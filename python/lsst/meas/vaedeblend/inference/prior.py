@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The prior of the latents: normal, with a wall around what the decoder has seen.
 
-Latents are whitened, so that galaxies of the training lie about the square root of the number of latents from the
-origin, and hardly any twice as far. Data of a high signal-to-noise ratio would drag them many times as far, for
-details that no decoder draws, and what is drawn out there is no galaxy any more.
+Latents are whitened, so that galaxies of the training lie about the square root of the number of latents
+from the origin, and hardly any twice as far. Data of a high signal-to-noise ratio would drag them many times
+as far, for details that no decoder draws, and what is drawn out there is no galaxy any more.
 """
 
 from __future__ import annotations

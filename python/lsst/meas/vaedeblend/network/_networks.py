@@ -167,15 +167,13 @@ class Render(Artefact):
         image, *mixture = self.run(["image", "weight", "position", "covariance"], rows, common, batch_size)
         return image, Mixture(*mixture)
 
-    def mixture(self, latent: NDArray, common: dict[str, Any], batch_size: int = 256) -> Mixture:
-        """Give the Gaussians of sources.
+    def mixture(self, latent: NDArray, batch_size: int = 256) -> Mixture:
+        """Give the Gaussians of sources; no pixel is drawn.
 
         Parameters
         ----------
         latent : `numpy.ndarray`, (N, L)
             Latent vectors.
-        common : `dict`
-            See `images`; no pixel is drawn.
         batch_size : `int`, optional
             Sources that go through the graph at once.
 
@@ -185,6 +183,7 @@ class Render(Artefact):
             The Gaussians.
         """
         rows = {"latent": latent.astype(np.float32, copy=False), "cell": np.zeros(len(latent), np.int64)}
+        common = _no_pixels(len(self.metadata.bands))
         return Mixture(*self.run(["weight", "position", "covariance"], rows, common, batch_size))
 
 
@@ -274,16 +273,14 @@ class Linearise(Artefact):
         return Linearisation(*self.run(["gradient", "block", "tangent"], rows, common, batch_size))
 
     def parameters(
-        self, latent: NDArray, common: dict[str, Any], batch_size: int = 256
+        self, latent: NDArray, batch_size: int = 256
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Give what a catalogue wants to know of the models, and its derivatives.
+        """Give what a catalogue wants to know of the models, and its derivatives; no pixel is drawn.
 
         Parameters
         ----------
         latent : `numpy.ndarray`, (N, L)
             Latent vectors.
-        common : `dict`
-            See `models`; no pixel is drawn.
         batch_size : `int`, optional
             Sources that go through the graph at once.
 
@@ -305,8 +302,16 @@ class Linearise(Artefact):
             "u": np.zeros((n, 1), np.float32),
             "v": np.zeros((n, 1), np.float32),
         }
+        common = _no_pixels(b)
         values, jacobian = self.run(["parameters", "parameter_jacobian"], rows, common, batch_size)
         return values, jacobian
+
+
+def _no_pixels(bands: int) -> dict[str, NDArray[np.float32]]:
+    """What the graphs for fitting share among sources, where no pixel of them is wanted."""
+    shapes = {"columns": (1, 2), "rows": (2, 2), "back_rows": (2, 2), "back_columns": (2, 1)}
+    shapes |= {"x": (1,), "y": (1,), "kernels": (1, 2, bands, 1, 1)}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 class Network(Artefact):

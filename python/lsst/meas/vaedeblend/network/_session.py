@@ -130,11 +130,10 @@ def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tupl
         if shape is None:
             continue
         dims = tensor.shape
-        # A dimension without a number is free.
-        expected = (None, *shape)
-        same = len(dims) == len(expected)
+        # A dimension without a number is free, as the first one has to be.
+        same = len(dims) == 1 + len(shape) and not isinstance(dims[0], int)
         same = same and all(
-            d == e for d, e in zip(dims, expected, strict=True) if isinstance(d, int) and e is not None
+            d == e for d, e in zip(dims[1:], shape, strict=True) if isinstance(d, int) and e is not None
         )
         if not same:
             raise NetworkError(
@@ -168,6 +167,10 @@ class Artefact:
         self.provider: str = self._session.get_providers()[0]
         self._options = _run_options()
         _LOG.info("%s %s runs on %s.", self.kind.capitalize(), self.metadata.name, self.provider)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A session can be neither copied nor pickled, but started again.
+        return type(self), (self.path, *self._arguments)
 
     def hold(self, array: NDArray) -> Any:
         """Put an array where the session computes, to be fed again and again.

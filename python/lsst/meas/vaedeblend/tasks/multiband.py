@@ -35,6 +35,7 @@ from ..adapters.scarlet_file import (
 from ..deblender import DeblendResult
 from ..ground.bands import reference_band
 from ..network import Network, NetworkError
+from ..rendering import SelectedImages
 from ..scene import Scene
 from .common import (
     DeblendTaskConfig,
@@ -341,7 +342,7 @@ class VaeMultibandDeblendTask(Task):
             bands=bands,
             flux=sources.flux[:, keep],
             flux_err=sources.flux_err[:, keep],
-            model_frame=sources.model_frame[:, keep],
+            images=SelectedImages(sources.images, keep),
         )
         scarlet = models_to_scarlet(
             models,

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Derivatives of the Gaussians that the decoder draws, with respect to its latent variables.
 
-The runtime fits latent variables to pixels and needs derivatives of them. A sum of Gaussians has them in closed
-form, and what leads from latent variables to Gaussians is a few dense layers followed by functions of few
-numbers each. The layers are differentiated forwards, as matrix products; the functions by a matrix of their own
-derivatives, most of whose entries are zero or constant. It is what automatic differentiation gives (the tests
-compare), as a graph that ONNX can hold.
+The runtime fits latent variables to pixels and needs derivatives of them. A sum of Gaussians has them in
+closed form, and what leads from latent variables to Gaussians is a few dense layers followed by functions of
+few numbers each. The layers are differentiated forwards, as matrix products; the functions by a matrix of
+their own derivatives, most of whose entries are zero or constant. It is what automatic differentiation gives
+(the tests compare), as a graph that ONNX can hold.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ class MixtureTangents(nn.Module):
         return value + d.skip(latent), slope + d.skip.weight.T
 
     def _covariance(self, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """sigma^2 exp(H(eta)), see `Decoder.gaussians`: (N, G, 3), and local derivatives (N, 3 parts, 3 G)."""
+        """sigma^2 exp(H(eta)), see `Decoder.gaussians`: (N, G, 3), and local derivatives (N, 3 parts, 3
+        G)."""
         d = self.decoder
         n, k, r, f = p["centre"].shape[0], d.profiles, d.rungs, d.free
 
@@ -230,5 +231,9 @@ def summarise(tangents: Tangents) -> tuple[Tensor, Tensor]:
     # Second moments are about the centroid.
     sx, sy = slopes[:, :, 1], slopes[:, :, 2]
     tx, ty = mx[..., None], my[..., None]
-    central = [slopes[:, :, 3] - 2.0 * tx * sx, slopes[:, :, 4] - 2.0 * ty * sy, slopes[:, :, 5] - tx * sy - ty * sx]
+    central = [
+        slopes[:, :, 3] - 2.0 * tx * sx,
+        slopes[:, :, 4] - 2.0 * ty * sy,
+        slopes[:, :, 5] - tx * sy - ty * sx,
+    ]
     return values, torch.cat([slopes[:, :, :3], torch.stack(central, 2)], 2)

@@ -71,8 +71,8 @@ def _git_commit() -> str:
 
 
 def _to_onnx(module: torch.nn.Module, example: tuple, inputs: list[str], outputs: list[str]) -> bytes:
-    """Serialize a module with a free batch size, and whatever else is free in the graphs that latents are fitted
-    with: numbers of pixels, cells and frequencies."""
+    """Serialize a module with a free batch size, and whatever else is free in the graphs that latents are
+    fitted with: numbers of pixels, cells and frequencies."""
     shapes: tuple
     if isinstance(module, Render | Linearise):
         free = torch.export.Dim.AUTO
@@ -177,7 +177,9 @@ def write_fit_graphs(network: str | os.PathLike, config: TrainingConfig, out: st
     """
     metadata = read_metadata(network)
     _, decoder = build_networks(len(config.bands), config.scene.cutout_size, config.network)
-    weights = {k.removeprefix("decoder."): v for k, v in load_weights(network).items() if k.startswith("decoder.")}
+    weights = {
+        k.removeprefix("decoder."): v for k, v in load_weights(network).items() if k.startswith("decoder.")
+    }
     decoder.load_state_dict({k: weights[k] for k in decoder.state_dict()})
     for kind, graph in fit_graphs(decoder.eval()).items():
         own = dataclasses.replace(metadata, kind=kind)

@@ -8,10 +8,11 @@ products: exact, made of operations that every execution provider of onnxruntime
 transform on the small grids that most sources need.
 
 What the derivatives of every pixel would cost most of the time, the fit does without: the gradient of
-chi-square is that of a scalar product, so that the weighted residual goes back through the kernel (the adjoint
-of the rendering, exact to rounding) and a few sums over each Gaussian remain. Only the matrix of second
-derivatives (Gauss-Newton) needs derivatives of pixels; it steers steps and gives widths of the posterior, for
-which the Gaussian with the PSF's moments is good enough, on coarser pixels where the seeing allows.
+chi-square is that of a scalar product, so that the weighted residual goes back through the kernel (the
+adjoint of the rendering, exact to rounding) and a few sums over each Gaussian remain. Only the matrix of
+second derivatives (Gauss-Newton) needs derivatives of pixels; it steers steps and gives widths of the
+posterior, for which the Gaussian with the PSF's moments is good enough, on coarser pixels where the seeing
+allows.
 """
 
 from __future__ import annotations
@@ -36,7 +37,13 @@ def _grid(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convolve(
-    image: Tensor, real: Tensor, imaginary: Tensor, columns: Tensor, rows: Tensor, back_rows: Tensor, back_columns: Tensor
+    image: Tensor,
+    real: Tensor,
+    imaginary: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    back_rows: Tensor,
+    back_columns: Tensor,
 ) -> Tensor:
     """Convolve images with kernels given by their transforms, see `lsst.meas.vaedeblend.network.Fourier`.
 
@@ -71,7 +78,15 @@ class Render(nn.Module):
     """
 
     inputs = (
-        "latent", "kernels", "cell", "x", "y", "columns", "rows", "back_rows", "back_columns",
+        "latent",
+        "kernels",
+        "cell",
+        "x",
+        "y",
+        "columns",
+        "rows",
+        "back_rows",
+        "back_columns",
     )
     outputs = ("image", "weight", "position", "covariance")
 
@@ -132,8 +147,20 @@ class Linearise(nn.Module):
     """
 
     inputs = (
-        "latent", "weighted", "kernels", "cell", "x", "y", "columns", "rows", "back_rows", "back_columns",
-        "weight", "psf_moments", "u", "v",
+        "latent",
+        "weighted",
+        "kernels",
+        "cell",
+        "x",
+        "y",
+        "columns",
+        "rows",
+        "back_rows",
+        "back_columns",
+        "weight",
+        "psf_moments",
+        "u",
+        "v",
     )
     outputs = ("gradient", "block", "tangent", "parameters", "parameter_jacobian")
 
@@ -201,7 +228,8 @@ class Linearise(nn.Module):
 
     @staticmethod
     def _gradient(mixture: Tangents, pulled: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Derivatives of the model times what was pulled back to the model frame, summed over pixels, (N, L)."""
+        """Derivatives of the model times what was pulled back to the model frame, summed over pixels, (N,
+        L)."""
         n, b = pulled.shape[:2]
         px, py = _grid(x, y)
         gauss = draw_gaussians(mixture.position, mixture.covariance, px, py)
@@ -258,9 +286,7 @@ class Linearise(nn.Module):
                 torch.stack([a0, p, q, nothing, nothing, nothing], 3),
                 torch.stack([b0, q, r, nothing, nothing, nothing], 3),
                 0.5 * torch.stack([a0 * a0 - p, 2 * a0 * p, 2 * a0 * q, p * p, 2 * p * q, q * q], 3),
-                torch.stack(
-                    [a0 * b0 - q, a0 * q + b0 * p, a0 * r + b0 * q, p * q, p * r + q * q, q * r], 3
-                ),
+                torch.stack([a0 * b0 - q, a0 * q + b0 * p, a0 * r + b0 * q, p * q, p * r + q * q, q * r], 3),
                 0.5 * torch.stack([b0 * b0 - r, 2 * b0 * q, 2 * b0 * r, q * q, 2 * q * r, r * r], 3),
             ],
             2,

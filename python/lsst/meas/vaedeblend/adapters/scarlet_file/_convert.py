@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ...ground.psf import gaussian_psf
 from ...scene import Parent
@@ -134,9 +134,9 @@ def models_to_scarlet(
     out = isolated_to_scarlet(models.bands, psf, isolated, models.origin, model_sigma=model_sigma)
     known = {int(parent.id): parent for parent in parents}
     blends: dict[int, ScarletBlend] = {}
-    for i, (number, parent_id) in enumerate(zip(models.id.tolist(), models.parent.tolist(), strict=True)):
-        if parent_id in out.isolated:
-            continue
+    stored = np.flatnonzero(~np.isin(models.parent, list(out.isolated)))
+    for i, model in _rendered(models, stored):
+        number, parent_id = int(models.id[i]), int(models.parent[i])
         if parent_id not in known:
             raise ValueError(f"Source {number} belongs to parent {parent_id}, which is not given.")
         if parent_id not in blends:
@@ -153,7 +153,7 @@ def models_to_scarlet(
         corner = (int(models.corner_y[i]) + y0, int(models.corner_x[i]) + x0)
         components: list[FactorizedComponent | CubeComponent] = [
             FactorizedComponent((corner[0] + y, corner[1] + x), peak, spectrum, morph)
-            for spectrum, morph, (y, x) in factorize(models.model_frame[i], pixel[i], circle[i])
+            for spectrum, morph, (y, x) in factorize(model, pixel[i], circle[i])
         ]
         if not components:
             nothing = np.zeros(len(models.bands), np.float32)
@@ -162,3 +162,11 @@ def models_to_scarlet(
         blends[parent_id].sources[number] = ScarletSource(number, int(peak_ids[i]), components)
     check(out)
     return out
+
+
+def _rendered(models: SourceModels, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Render sources in pieces, so that their images need not all exist at once: rows and images (B, S,
+    S)."""
+    for start in range(0, len(rows), 64):
+        part = rows[start : start + 64]
+        yield from zip(part.tolist(), models.images.model_frame(part), strict=True)

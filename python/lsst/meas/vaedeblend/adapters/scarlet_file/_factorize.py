@@ -4,10 +4,16 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["factorize"]
+
+
+_FINEST = 10
+"""Power of the root of two, of steps below an image's largest pixel, up to which the search for the coarsest
+goes first."""
 
 
 def factorize(
@@ -61,6 +67,10 @@ def factorize(
     unit = (circle * flux)[bright]
     pixel = (tolerance / circle)[bright, None]
     shapes = model[bright] / unit[:, None, None]
+    total = shapes.sum(axis=(1, 2))
+    # Most of the square is far beyond the light, and every step would cost as much as if it were not.
+    top, bottom, first, last = _trim(shapes, 0.05)
+    shapes = shapes[:, top:bottom, first:last]
     # What is cut off counts against the tolerance, and something has to be left for the other errors.
     y1, y2, x1, x2 = _trim(shapes, 0.5)
     inside = np.zeros(shapes.shape[1:], bool)
@@ -79,16 +89,24 @@ def factorize(
     images *= np.where(images.sum(axis=1) < 0, -1.0, 1.0)[:, None]
     for rank in range(1, len(images) + 1):
         # Rounding needs a part of the tolerance as well.
-        if rank == len(images) or _fit(images[:rank], flat, pixel)[1] <= 0.7:
+        if rank == len(images) or _fit(images[:rank], flat, pixel, total)[1] <= 0.7:
             break
-    step = np.abs(images[0]).max()
-    while True:
-        rounded = np.rint(images[:rank] / step)
+    # The coarsest step that the tolerances allow, to a root of two: found by halving an interval of powers,
+    # of which the fine end always suffices.
+    largest = np.abs(images[0]).max()
+    coarse, fine, best = -1, _FINEST, None
+    while fine - coarse > 1 or best is None:
+        power = (coarse + fine) // 2 if fine - coarse > 1 else fine
+        rounded = np.rint(images[:rank] * (np.sqrt(2.0) ** power / largest))
         rounded = rounded[rounded.any(axis=1)]
-        spectra, error = _fit(rounded, flat, pixel)
+        spectra, error = _fit(rounded, flat, pixel, total)
         if error <= 1.0:
-            break
-        step /= np.sqrt(2.0)
+            fine, best = power, (rounded, spectra)
+        elif power == fine:
+            coarse, fine = fine, fine + 4
+        else:
+            coarse = power
+    rounded, spectra = best
     pictures = np.zeros(rounded.shape)
     pictures[:, order] = rounded
     out = []
@@ -97,35 +115,50 @@ def factorize(
         spectrum[bright] = spectra[:, j] * unit
         rows, columns = np.flatnonzero(image.any(axis=1)), np.flatnonzero(image.any(axis=0))
         part = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
-        out.append((spectrum, part, (int(rows[0]), int(columns[0]))))
+        out.append((spectrum, part, (int(rows[0]) + top, int(columns[0]) + first)))
     return out
 
 
 def _trim(shapes: NDArray, budget: float) -> tuple[int, int, int, int]:
     """The box (y1, y2, x1, x2) outside which no shape, (B, h, w), has more than the budget."""
-    weight = np.abs(shapes)
-    y1, y2, x1, x2 = 0, weight.shape[1], 0, weight.shape[2]
+    return _trim_sides(np.abs(shapes), budget)
+
+
+@numba.njit(cache=True)
+def _trim_sides(weight, budget):
+    """Take away the side that costs least for its length, as long as the budget allows."""
+    bands, height, width = weight.shape
+    y1, y2, x1, x2 = 0, height, 0, width
     rows, columns = weight.sum(axis=2), weight.sum(axis=1)
-    spent = np.zeros(len(weight))
+    spent = np.zeros(bands)
     while y2 - y1 > 1 and x2 - x1 > 1:
-        edges = np.stack([rows[:, y1], rows[:, y2 - 1], columns[:, x1], columns[:, x2 - 1]])
-        fits = (spent + edges).max(axis=1) <= budget
-        if not fits.any():
+        which, most = -1, -1.0
+        for side in range(4):
+            edge = rows[:, y1] if side == 0 else rows[:, y2 - 1]
+            if side >= 2:
+                edge = columns[:, x1] if side == 2 else columns[:, x2 - 1]
+            if (spent + edge).max() <= budget:
+                score = edge.max() / (x2 - x1 if side < 2 else y2 - y1)
+                # The side that costs least for its length.
+                if which < 0 or score < most:
+                    which, most = side, score
+        if which < 0:
             break
-        length = np.array([x2 - x1, x2 - x1, y2 - y1, y2 - y1])
-        which = int(np.argmin(np.where(fits, edges.max(axis=1) / length, np.inf)))
-        spent += edges[which]
         if which < 2:
-            columns -= weight[:, y1 if which == 0 else y2 - 1, :]
+            y = y1 if which == 0 else y2 - 1
+            spent += rows[:, y]
+            columns -= weight[:, y, :]
             y1, y2 = (y1 + 1, y2) if which == 0 else (y1, y2 - 1)
         else:
-            rows -= weight[:, :, x1 if which == 2 else x2 - 1]
+            x = x1 if which == 2 else x2 - 1
+            spent += columns[:, x]
+            rows -= weight[:, :, x]
             x1, x2 = (x1 + 1, x2) if which == 2 else (x1, x2 - 1)
     return y1, y2, x1, x2
 
 
-def _fit(images: NDArray, shapes: NDArray, pixel: NDArray) -> tuple[NDArray, float]:
-    """Fit shapes (B, P) by images (k, P), sums being kept; return coefficients (B, k) and the error.
+def _fit(images: NDArray, shapes: NDArray, pixel: NDArray, sums: NDArray) -> tuple[NDArray, float]:
+    """Fit shapes (B, P) by images (k, P), with given sums (B,); return coefficients (B, k) and the error.
 
     Least squares under one linear constraint: with G the images' normal matrix and v their sums the solution
     is the free one plus a multiple of G^-1 v. The error is that of `factorize` in units of the tolerance, for
@@ -134,10 +167,14 @@ def _fit(images: NDArray, shapes: NDArray, pixel: NDArray) -> tuple[NDArray, flo
     total = images.sum(axis=1)
     if not total.any():
         return np.zeros((len(shapes), len(images))), np.inf
-    inverse = np.linalg.pinv(images @ images.T, hermitian=True)
+    normal = images @ images.T
+    try:
+        inverse = np.linalg.inv(normal)
+    except np.linalg.LinAlgError:
+        inverse = np.linalg.pinv(normal, hermitian=True)
     free = shapes @ images.T @ inverse
     direction = inverse @ total
-    excess = shapes.sum(axis=1) - free @ total
+    excess = sums - free @ total
     coefficients = free + (excess / (total @ direction))[:, None] * direction
     error = coefficients @ images - shapes
     circles, size = np.abs(np.cumsum(error, axis=1)), np.abs(error)
