@@ -99,9 +99,11 @@ def _products(state: State, rows: NDArray[np.int64], pairs: NDArray[np.int64]) -
             state.weight,
             stamps.pool(a),
             stamps.slot[rows[i]],
-            *np.ascontiguousarray(start[i].T),
+            np.ascontiguousarray(start[i, 0]),
+            np.ascontiguousarray(start[i, 1]),
             stamps.pool(b),
             stamps.slot[rows[j]],
-            *np.ascontiguousarray(start[j].T),
+            np.ascontiguousarray(start[j, 0]),
+            np.ascontiguousarray(start[j, 1]),
         )
     return out

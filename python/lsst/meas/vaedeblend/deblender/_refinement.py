@@ -265,10 +265,12 @@ def _cross(
         out[chosen] = kernels.cross_blocks(
             parts[a],
             number[i],
-            *np.ascontiguousarray(place[i].T),
+            np.ascontiguousarray(place[i, 0]),
+            np.ascontiguousarray(place[i, 1]),
             parts[b],
             number[j],
-            *np.ascontiguousarray(place[j].T),
+            np.ascontiguousarray(place[j, 0]),
+            np.ascontiguousarray(place[j, 1]),
         )
     return out
 

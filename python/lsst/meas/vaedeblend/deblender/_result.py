@@ -144,7 +144,7 @@ def _fall_back(
     What is left is taken out of the residual, and added to fluxes and errors.
     """
     r = state.rows
-    out = {}
+    out: dict[int, tuple[NDArray, NDArray]] = {}
     failed = np.flatnonzero(r.failed[rows] & r.active[rows])
     if not len(failed):
         return out

@@ -283,7 +283,7 @@ class State:
         if model_error == 0:
             return weight
         models = self.image[:, *window] - self.residual[:, *window]
-        return weight / (1.0 + weight * (np.float32(model_error) * models) ** 2)
+        return (weight / (1.0 + weight * (model_error * models) ** 2)).astype(np.float32, copy=False)
 
     def soften(self, rows: NDArray[np.int64]) -> None:
         """Bring the refinement's weights around sources up to date: the models have errors of their own."""

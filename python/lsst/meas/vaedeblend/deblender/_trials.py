@@ -25,7 +25,7 @@ class _Trial(NamedTuple):
     parent: int
     saved: Saved  # its sources so far
     found: NDArray[np.float64]  # (K, 2), x and y
-    weight: NDArray[np.float64]  # on the parent's window, softened by the errors of the models
+    weight: NDArray[np.float32]  # on the parent's window, softened by the errors of the models
     chi2: float  # before the trial, with these weights
 
 

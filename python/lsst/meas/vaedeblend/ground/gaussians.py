@@ -49,7 +49,14 @@ def adaptive_moments_of_gaussians(
 
 
 @numba.njit(cache=True, nogil=True)
-def _moments(weight, position, covariance, extra, max_iterations, tolerance):
+def _moments(
+    weight: NDArray,
+    position: NDArray,
+    covariance: NDArray,
+    extra: float,
+    max_iterations: int,
+    tolerance: float,
+) -> NDArray:
     n, gaussians = weight.shape
     out = np.full((n, 3), np.nan)
     for k in range(n):

@@ -24,7 +24,7 @@ def _sigmas(psf_sigma: ArrayLike, bands: int) -> NDArray[np.float64]:
 
 
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, nogil=True)
-def _smooth(image, kernel):
+def _smooth(image: NDArray, kernel: NDArray) -> NDArray:
     """Correlate an image (H, W) with a symmetric kernel (2 R + 1,) along both axes, 0 beyond the border."""
     height, width = image.shape
     reach = len(kernel) // 2

@@ -208,9 +208,9 @@ class GaussNewton:
                 matrix[a, :, a] = self.block[one]
                 for b in range(a):
                     other = own[b]
-                    p = between.get((min(one, other), max(one, other)))
-                    if p is not None:
-                        part = self.cross[p] if one < other else self.cross[p].T
+                    pair = between.get((min(one, other), max(one, other)))
+                    if pair is not None:
+                        part = self.cross[pair] if one < other else self.cross[pair].T
                         matrix[a, :, b], matrix[b, :, a] = part, part.T
             flat = matrix.reshape(n * length, n * length)
             out[i] = _leading_inverse(flat, length)

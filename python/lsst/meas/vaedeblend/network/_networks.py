@@ -163,7 +163,10 @@ class Render(Artefact):
         mixture : `Mixture`
             The Gaussians that they are made of.
         """
-        rows = {"latent": latent.astype(np.float32, copy=False), "cell": cell.astype(np.int64, copy=False)}
+        rows: dict[str, NDArray] = {
+            "latent": latent.astype(np.float32, copy=False),
+            "cell": cell.astype(np.int64, copy=False),
+        }
         image, *mixture = self.run(["image", "weight", "position", "covariance"], rows, common, batch_size)
         return image, Mixture(*mixture)
 
@@ -182,7 +185,10 @@ class Render(Artefact):
         mixture : `Mixture`
             The Gaussians.
         """
-        rows = {"latent": latent.astype(np.float32, copy=False), "cell": np.zeros(len(latent), np.int64)}
+        rows: dict[str, NDArray] = {
+            "latent": latent.astype(np.float32, copy=False),
+            "cell": np.zeros(len(latent), np.int64),
+        }
         common = _no_pixels(len(self.metadata.bands))
         return Mixture(*self.run(["weight", "position", "covariance"], rows, common, batch_size))
 
@@ -261,7 +267,7 @@ class Linearise(Artefact):
         linearisation : `Linearisation`
             Gradients and Gauss-Newton matrices.
         """
-        rows = {
+        rows: dict[str, NDArray] = {
             "latent": latent.astype(np.float32, copy=False),
             "cell": cell.astype(np.int64, copy=False),
             "psf_moments": psf_moments.astype(np.float32, copy=False),
@@ -293,10 +299,10 @@ class Linearise(Artefact):
             Derivatives.
         """
         n, b = len(latent), len(self.metadata.bands)
-        rows = {
+        rows: dict[str, NDArray] = {
             "latent": latent.astype(np.float32, copy=False),
             "cell": np.zeros(n, np.int64),
-            "psf_moments": np.tile(np.float32([1, 1, 0]), (n, b, 1)),
+            "psf_moments": np.tile(np.array([1, 1, 0], np.float32), (n, b, 1)),
             "weighted": np.zeros((n, b, 1, 1), np.float32),
             "weight": np.zeros((n, b, 1, 1), np.float32),
             "u": np.zeros((n, 1), np.float32),
@@ -309,7 +315,8 @@ class Linearise(Artefact):
 
 def _no_pixels(bands: int) -> dict[str, NDArray[np.float32]]:
     """What the graphs for fitting share among sources, where no pixel of them is wanted."""
-    shapes = {"columns": (1, 2), "rows": (2, 2), "back_rows": (2, 2), "back_columns": (2, 1)}
+    shapes: dict[str, tuple[int, ...]] = {"columns": (1, 2), "rows": (2, 2), "back_rows": (2, 2)}
+    shapes["back_columns"] = (2, 1)
     shapes |= {"x": (1,), "y": (1,), "kernels": (1, 2, bands, 1, 1)}
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
