@@ -60,8 +60,10 @@ def take_pass(state: State, parents: list[int]) -> None:
 def _ask(state: State, rows: NDArray[np.int64]) -> None:
     # Bounded pieces, so that the cutouts of a rich patch need not all exist at once.
     piece = 4 * state.config.batchSize
+    # All see the same residual: what a source's neighbours look like must not depend on its piece.
+    residual = state.residual.copy() if len(rows) > piece else state.residual
     for start in range(0, len(rows), piece):
-        apply_network(state, rows[start : start + piece])
+        apply_network(state, rows[start : start + piece], residual)
     solve(state, rows)
 
 
@@ -98,14 +100,14 @@ def improve(state: State, parents: list[int]) -> list[int]:
     return moving
 
 
-def apply_network(state: State, rows: NDArray[np.int64]) -> None:
-    """Deblend cutouts: what is left of the image plus the source's own model."""
+def apply_network(state: State, rows: NDArray[np.int64], residual: NDArray | None = None) -> None:
+    """Deblend cutouts: what is left of the image, by default now, plus the source's own model."""
     if not len(rows):
         return
     r = state.rows
     y, x = np.ascontiguousarray(r.corner[rows].T)
     valid = kernels.cut(state.valid, y, x, state.size)
-    image = kernels.cut(state.residual, y, x, state.size)
+    image = kernels.cut(state.residual if residual is None else residual, y, x, state.size)
     for _, index in r.stamps.by_width(rows):
         scale = r.flux[rows[index]].astype(np.float32)[:, :, None, None]
         image[index] += square(r.stamps.images(rows[index]) * scale, state.size)

@@ -105,8 +105,14 @@ def _step(state: State, rows: NDArray[np.int64]) -> None:
     # What cannot be solved stays as it is.
     r.stuck[rows[bad]] = True
     r.promise[rows] = np.where(lost, np.inf, promise) / tolerance
-    # A step that promises little is taken all the same, and is the last one.
-    settled = ~bad & (r.promise[rows] < 1.0)
+    # Next to one that moves none has settled: what is good for it now need not be so afterwards. A step that
+    # promises little is taken all the same, and is the last one.
+    unfinished = ~(r.promise[rows] < 1.0)
+    one, other = system.pairs.T
+    near = unfinished.copy()
+    np.logical_or.at(near, one, unfinished[other])
+    np.logical_or.at(near, other, unfinished[one])
+    settled = ~bad & ~near
     r.settled[rows[settled]] = True
     moving = np.flatnonzero(~bad)
     for _ in range(_TRIES):
