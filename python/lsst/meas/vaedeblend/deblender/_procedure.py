@@ -15,13 +15,16 @@ from ._config import DeblendConfig
 from ._drawing import GridDrawing
 from ._passes import first_answers, improve, try_by_passes
 from ._pruning import drop
-from ._refinement import refine, set_posterior, try_by_refinement, unsettled, wake
+from ._refinement import refine, refine_rows, set_posterior, try_by_refinement, unsettled, wake
 from ._result import DeblendResult, assemble
 from ._start import place_first
 from ._state import State
 from ._trials import try_peaks
 
 __all__ = ["deblend"]
+
+_LATE_ROUNDS = 1
+"""Times that sources go on which have not settled after all."""
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.deblender")
 
@@ -93,12 +96,14 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
         _report(iteration, moving, open_)
     gone = [drop(state, p) for p in parents]
     if any(len(rows) for rows in gone):
-        rows = state.members_of(parents)
-        wake(state, rows, np.concatenate(gone))
+        wake(state, state.members_of(parents), np.concatenate(gone))
         refine(state, parents)
-    set_posterior(state)
-    r = state.rows
-    r.settled[:] = r.promise < 1.0
+    # Sources settle one by one: those that neighbours have disturbed since then go on.
+    late = set_posterior(state, state.members_of(parents))
+    for _ in range(_LATE_ROUNDS):
+        if not len(late):
+            break
+        late = set_posterior(state, refine_rows(state, late))
 
 
 def _go_on_with_passes(state: State, parents: list[int]) -> None:

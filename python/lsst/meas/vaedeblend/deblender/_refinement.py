@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from ..inference import GaussNewton, kernels, overlapping_pairs
 from ..inference.groups import connected_groups
@@ -46,6 +47,15 @@ def refine(state: State, parents: list[int], steps: int | None = None) -> None:
     _take_steps(state, rows, state.config.refinementSteps if steps is None else steps)
 
 
+def refine_rows(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Refine some sources once more; return them and those that see them."""
+    r = state.rows
+    r.settled[rows] = r.stuck[rows] = False
+    _take_steps(state, rows, state.config.refinementSteps)
+    everything = np.flatnonzero(r.alive & r.active & r.tried)
+    return everything[_sees(state, everything, rows)]
+
+
 def unsettled(state: State, parents: list[int]) -> list[int]:
     """Those of some parents that have a member which still moves."""
     r, rows = state.rows, state.members_of(parents)
@@ -64,15 +74,21 @@ def try_by_refinement(state: State, parents: list[int], new: NDArray[np.int64]) 
 def wake(state: State, rows: NDArray[np.int64], moved: NDArray[np.int64]) -> None:
     """Let those of some sources move again that see one of the sources that moved."""
     r = state.rows
-    start, width = state.starts(rows), r.stamps.width[rows]
-    near = np.isin(rows, moved)
-    for row in moved.tolist():
-        own_start = state.starts(np.array([row]))[0]
-        own_width = r.stamps.width[row]
-        overlap = np.minimum(start + width[:, None], own_start + own_width) - np.maximum(start, own_start)
-        near |= (overlap >= _LEAST_OVERLAP).all(axis=1)
-    r.settled[rows[near]] = r.stuck[rows[near]] = False
-    r.damping[rows[near]] = 0.0
+    near = rows[_sees(state, rows, moved)]
+    r.settled[near] = r.stuck[near] = False
+    r.damping[near] = 0.0
+
+
+def _sees(state: State, rows: NDArray[np.int64], moved: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of some sources are among others, or have squares that overlap with theirs, (K,)."""
+    stamps, near = state.rows.stamps, np.isin(rows, moved)
+    own, other = state.starts(rows), state.starts(moved)
+    tree = cKDTree(own + 0.5 * stamps.width[rows][:, None])
+    reach = 0.5 * (stamps.width[moved] + stamps.width[rows].max(initial=0))
+    for i, found in enumerate(tree.query_ball_point(other + 0.5 * stamps.width[moved][:, None], reach, p=np.inf)):
+        last = np.minimum(own[found] + stamps.width[rows[found]][:, None], other[i] + stamps.width[moved[i]])
+        near[found] |= (last - np.maximum(own[found], other[i]) >= _LEAST_OVERLAP).all(axis=1)
+    return near
 
 
 def _take_steps(state: State, rows: NDArray[np.int64], steps: int) -> None:
@@ -275,19 +291,20 @@ def _cross(
     return out
 
 
-def set_posterior(state: State) -> None:
-    """Set the widths of the posterior, and what follows from them for fluxes and second moments.
+def set_posterior(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Set the widths of the posterior of sources, and what follows from them for fluxes and second moments.
 
-    Sources whose step still promises more than the tolerance have not settled after all.
+    Return those whose step still promises more than the tolerance: they have not settled after all.
     """
     assert isinstance(state.drawing, GridDrawing)
     r, config = state.rows, state.config
-    rows = np.flatnonzero(r.alive & r.active & r.tried & ~r.failed & (r.stamps.width > 0))
+    rows = rows[~r.failed[rows] & (r.stamps.width[rows] > 0)]
     for part in _batches(state, rows):
         system, tolerance = _linearise(state, part)
         r.covariance[part] = config.posteriorScale**2 * system.covariances()
         gain = system.promise
         r.promise[part] = np.where(np.isfinite(gain), gain, np.inf) / tolerance
+    r.settled[rows] = r.promise[rows] < 1.0
     if len(rows):
         covariance = r.covariance[rows]
         with np.errstate(invalid="ignore"):
@@ -298,3 +315,4 @@ def set_posterior(state: State) -> None:
         relative = np.hypot(deviation[:, :, 0], config.fluxSystematic)
         r.error[rows] = relative * r.network_flux[rows]
         r.moments[rows], r.moments_error[rows] = values[:, :, 3:], deviation[:, :, 3:]
+    return rows[~r.settled[rows]]
