@@ -294,6 +294,10 @@ def test_what_is_not_positive_definite_has_no_covariance():
     found = GaussNewton(np.zeros((4, 2)), block, pairs, cross).covariances()
     assert np.isnan(found[:3]).all()
     np.testing.assert_array_equal(found[3], np.eye(2))
+    block[1] = np.nan
+    found = GaussNewton(np.zeros((4, 2)), block, pairs, cross).covariances()
+    assert np.isnan(found[:3]).all()
+    np.testing.assert_array_equal(found[3], np.eye(2))
 
 
 def test_what_happens_in_one_group_changes_nothing_in_another():
