@@ -271,9 +271,8 @@ def _leading_inverse(matrix: NDArray, length: int) -> NDArray[np.float64]:
     unit = np.zeros((len(matrix), length))
     unit[:length] = np.eye(length)
     try:
-        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True, check_finite=False), unit)[
-            :length
-        ]
+        factor = scipy.linalg.cho_factor(matrix, lower=True, check_finite=False)
+        return scipy.linalg.cho_solve(factor, unit, check_finite=False)[:length]
     except np.linalg.LinAlgError:
         return np.full((length, length), np.nan)
 
