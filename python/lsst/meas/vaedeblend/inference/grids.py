@@ -28,10 +28,9 @@ WIDTHS = (16, 24, 40, 64)
 _PADDED = {16: 36, 24: 48, 40: 64, 64: 96}
 """Widths of the grids of the Fourier transforms: kernels may reach as far as these exceed the squares."""
 
-_FINE_SIGMA = 1.2
-"""Narrowest PSF, pixel, whose derivatives coarse pixels of 2 x 2 can hold: sums of their products are right
-to 2 exp(-2 pi^2 s^2 / 4), four percent, for a point source with s = sigma / sqrt(2), and better for all
-others."""
+_FINE_SIGMA = 1.4
+"""Narrowest PSF, pixel, whose derivatives coarse pixels of 2 x 2 hold: widths of the posterior of the most
+compact sources are then right to 5 percent (12 at 1.2, 2 at 1.5; tests/test_inference.py)."""
 
 _BATCH = {16: 16, 24: 16, 40: 8, 64: 4}
 """Sources that go through a graph at once: as many as a processor's cache holds what comes between."""
