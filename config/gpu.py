@@ -3,6 +3,7 @@
 #
 # Overrides for VaeDeblendTask on a machine with an NVIDIA GPU and onnxruntime-gpu:
 #   pipetask run ... -C vaeDeblend:config/gpu.py
+# No GPU has been measured yet.
 # ruff: noqa: F821
 
 config.executionProviders = ["CUDAExecutionProvider", "CPUExecutionProvider"]

@@ -13,16 +13,18 @@ From the bottom to the top, each module importing only from those above it in th
 
 ``_config``
     The configuration.
+``_drawing``
+    From cutouts and latents to images, for both kinds of networks.
 ``_rows``
     The sources while the procedure runs.
 ``_state``
     The scene, its sources and the residual, kept in step.
 ``_fluxes``
-    Joint fluxes of a parent's sources; `lsst.meas.vaedeblend.fluxes` has the mathematics.
+    Joint fluxes of sources that overlap; `lsst.meas.vaedeblend.inference.fluxes` has the mathematics.
 ``_passes``
     Cutouts through the network, and what stands in where it fails.
 ``_refinement``
-    Latents fitted to the pixels; `lsst.meas.vaedeblend.refine` has the mathematics.
+    Latents fitted to the pixels; `lsst.meas.vaedeblend.inference.groups` has the mathematics.
 ``_start``
     The peaks to start from.
 ``_pruning``

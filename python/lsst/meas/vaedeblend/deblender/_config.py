@@ -15,13 +15,14 @@ class DeblendConfig(Config):
     minPasses = RangeField(
         dtype=int,
         doc="Passes through the network at the start and, without refinement, for a trial of new peaks. From "
-        "the second on, cutouts have their neighbours subtracted.",
+        "the second on, cutouts have their neighbours subtracted, and at the start only those are passed again "
+        "that had much else in view.",
         default=3,
         min=1,
     )
     maxIterations = RangeField(
         dtype=int,
-        doc="Rounds of refinement and peak search after the first passes. A parent that still changes then "
+        doc="Rounds of refinement and peak search after the first passes. What still changes then "
         "is flagged no_convergence.",
         default=6,
         min=0,
@@ -37,8 +38,8 @@ class DeblendConfig(Config):
     refinementSteps = RangeField(
         dtype=int,
         doc="Gauss-Newton steps in which the latents are refined on the pixels after the first passes, after "
-        "new peaks were accepted, and in the end; 0 keeps the network's own answers. Networks without a "
-        "Jacobian are not refined.",
+        "new peaks were accepted, and in the end; 0 keeps the network's own answers. Networks without "
+        "the graphs for it are not refined.",
         default=4,
         min=0,
     )

@@ -152,7 +152,7 @@ class Render(Artefact):
         cell : `numpy.ndarray`, (N,)
             Which of the kernels to use.
         common : `dict`
-            Kernels, pixels and Fourier transforms; `lsst.meas.vaedeblend.inference.Grid` makes them.
+            Kernels, pixels and Fourier transforms; `lsst.meas.vaedeblend.inference.Grids` makes them.
         batch_size : `int`
             Sources that go through the graph at once.
 
@@ -258,7 +258,7 @@ class Linearise(Artefact):
         u, v : `numpy.ndarray`, (N, V)
             Columns and rows of the middles of the coarse pixels, from the target's pixel.
         common : `dict`
-            Kernels, pixels and Fourier transforms; `lsst.meas.vaedeblend.inference.Grid` makes them.
+            Kernels, pixels and Fourier transforms; `lsst.meas.vaedeblend.inference.Grids` makes them.
         batch_size : `int`
             Sources that go through the graph at once.
 

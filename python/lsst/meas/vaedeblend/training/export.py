@@ -307,7 +307,8 @@ def export_network(
     step: str = "deblender",
     samples: int = 2048,
 ) -> Path:
-    """Write NAME.onnx, NAME_decoder.onnx, NAME_jacobian.onnx (sums of Gaussians only) and the card NAME.md.
+    """Write NAME.onnx, NAME_decoder.onnx and the card NAME.md; for sums of Gaussians also NAME_render.onnx and
+    NAME_linearise.onnx.
 
     Parameters
     ----------
