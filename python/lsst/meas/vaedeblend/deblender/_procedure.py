@@ -23,6 +23,9 @@ from ._trials import try_peaks
 
 __all__ = ["deblend"]
 
+_FIRST_STEPS = 1
+"""Steps of refinement before the first search for new peaks."""
+
 _LATE_ROUNDS = 1
 """Times that sources go on which have not settled after all."""
 
@@ -85,8 +88,9 @@ def _deblend(state: State) -> DeblendResult:
 
 def _go_on_with_refinement(state: State, parents: list[int]) -> None:
     """Refine the sources, then try new peaks and refine those parents that have not settled."""
-    refine(state, parents)
     open_ = _to_search(state, parents)
+    # What a model may still become, it becomes only after the search: it would take in what has no peak yet.
+    refine(state, parents, _FIRST_STEPS if open_ else None)
     for iteration in range(1, state.config.maxIterations + 1):
         moving = unsettled(state, parents)
         if not moving and not open_:
