@@ -15,8 +15,8 @@ class DeblendConfig(Config):
     minPasses = RangeField(
         dtype=int,
         doc="Passes through the network at the start and, without refinement, for a trial of new peaks. From "
-        "the second on, cutouts have their neighbours subtracted, and at the start only those are passed again "
-        "that had much else in view.",
+        "the second on, cutouts have their neighbours subtracted; at the start only those are passed "
+        "again that had much else in view.",
         default=3,
         min=1,
     )

@@ -307,8 +307,9 @@ def export_network(
     step: str = "deblender",
     samples: int = 2048,
 ) -> Path:
-    """Write NAME.onnx, NAME_decoder.onnx and the card NAME.md; for sums of Gaussians also NAME_render.onnx and
-    NAME_linearise.onnx.
+    """Write NAME.onnx, NAME_decoder.onnx and the card NAME.md.
+
+    For sums of Gaussians also NAME_render.onnx and NAME_linearise.onnx.
 
     Parameters
     ----------
