@@ -218,8 +218,7 @@ def attach(repository, collection, band, coadd):
 
 
 def test_stored_models_render_as_the_network_made_them(deblended, objects):
-    """The flux of what the file holds is the flux in the catalogue, to a thousandth of it, but for light that
-    large galaxies have beyond the network's cutout, which the file does not hold."""
+    """The flux of what the file holds is the flux in the catalogue, to a thousandth."""
     models = scarlet_file.read(deblended.uri("deepCoadd_scarletModelData", "vae", CROWDED))
     assert models.bands == BANDS and models.model_psf.shape == (15, 15)
     sources = models.sources()
@@ -232,12 +231,7 @@ def test_stored_models_render_as_the_network_made_them(deblended, objects):
         image, _ = scarlet_file.render(models, sources[record.getId()])
         for b, band in enumerate(BANDS):
             flux = record[posterior_column("flux", band)]
-            assert image[b].sum() <= 1.001 * flux + 1e-3
-            # A profile's light beyond the cutout is less than a thousandth if it is compact.
-            if record[posterior_column("shape_xx")] + record[posterior_column("shape_yy")] < 8.0:
-                assert image[b].sum() == pytest.approx(flux, rel=1e-3, abs=1e-3)
-            else:
-                assert image[b].sum() > 0.9 * flux
+            assert image[b].sum() == pytest.approx(flux, rel=1e-3, abs=1e-3)
         assert record["deblend_nComponents"] == len(sources[record.getId()].components)
 
 

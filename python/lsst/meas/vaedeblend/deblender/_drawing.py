@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import erf
 
 from ..inference import Grids
 from ..network import Network
@@ -119,6 +120,26 @@ class GridDrawing:
                     _OUTSIDE,
                 )
         return Drawn(images, flux, offset, new, good)
+
+
+    def held(self, latent: NDArray) -> NDArray[np.float64]:
+        """Part of the light of models that the network's cutout holds, (N, B).
+
+        Wings beyond it are hardly known, and no part of the flux that is told.
+        """
+        mixture = self._network.render.mixture(latent)
+        reach = np.sqrt(0.5) * self._network.metadata.cutout_size / 2
+        light = mixture.weight.astype(np.float64)
+        # As if axes did not correlate, which is good enough to find the few that need a closer look.
+        part = erf(reach / np.sqrt(np.maximum(mixture.covariance[..., ::2], 1e-3))).prod(axis=2)
+        out = (light * part[:, None]).sum(axis=2) / light.sum(axis=2)
+        wide = np.flatnonzero((out < 0.9995).any(axis=1))
+        out[out >= 0.9995] = 1.0
+        for start in range(0, len(wide), 64):
+            rows = wide[start : start + 64]
+            models = self._network.decoder.render(latent[rows])
+            out[rows] = models.sum(axis=(2, 3), dtype=np.float64) / light[rows].sum(axis=2)
+        return np.minimum(out, 1.0)
 
 
 class PixelDrawing:

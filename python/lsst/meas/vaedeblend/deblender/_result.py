@@ -53,6 +53,13 @@ def assemble(state: State) -> DeblendResult:
     active, corner, parent, measured = r.active[rows], r.corner[rows], r.parent[rows], r.measured[rows]
     flux = np.where(measured, r.flux[rows], np.nan)
     error = np.where(measured, r.error[rows], np.nan)
+    network_flux = r.network_flux[rows]
+    if isinstance(state.drawing, GridDrawing):
+        drawn = np.flatnonzero(active & r.tried[rows] & ~r.failed[rows])
+        if len(drawn):
+            held = state.drawing.held(r.mean[rows[drawn]])
+            for values in (flux, error, network_flux):
+                values[drawn] *= held
     position = np.where((active & r.tried[rows])[:, None], r.centroid[rows], r.peak[rows])
     flags = source_flags(state, rows)
     templates = _fall_back(state, rows, flux, error)
@@ -78,7 +85,7 @@ def assemble(state: State) -> DeblendResult:
         latent_covariance=r.covariance[rows],
         flux=flux,
         flux_err=error,
-        flux_network=r.network_flux[rows],
+        flux_network=network_flux,
         moments=r.moments[rows],
         moments_err=r.moments_error[rows],
         images=SourceImages(
@@ -88,7 +95,7 @@ def assemble(state: State) -> DeblendResult:
             r.mean[rows],
             r.cell[rows],
             flux,
-            r.network_flux[rows],
+            network_flux,
             templates,
         ),
         flags=flags,
