@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ground.bands import reference_band
-from .ground.gaussians import adaptive_moments_of_gaussians
 from .ground.psf import adaptive_moments
 from .network import Network
-from .rendering import Renderer, unit_shapes
+from .rendering import Renderer, latent_shapes, unit_shapes
 from .scene import PsfGrid
 from .sources import SourceModels
 
@@ -126,11 +125,7 @@ def _scatter(
     flat = latent.reshape(k * d, -1)
     if network.can_fit and refined.all():
         # Errors of fluxes are those of the fit, and shapes of Gaussians need no pixels.
-        mixture = network.render.mixture(flat)
-        frame = network.metadata.frame["sigma"] ** 2 + 1.0 / 12.0
-        moments = adaptive_moments_of_gaussians(
-            mixture.weight[:, band], mixture.position, mixture.covariance, frame
-        )
+        moments = latent_shapes(network.render, flat, band)
         sound = np.ones((k, d, 1), bool)
         return np.zeros((k, len(models.bands))), _spread(moments.reshape(k, d, 3), sound)
     shapes, _, whole = unit_shapes(network.decoder.render(flat))

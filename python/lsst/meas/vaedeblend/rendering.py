@@ -29,7 +29,16 @@ from .scene import PsfGrid
 if TYPE_CHECKING:
     from .sources import SourceModels
 
-__all__ = ["Renderer", "SelectedImages", "SourceImages", "StoredImages", "render", "square", "unit_shapes"]
+__all__ = [
+    "Renderer",
+    "SelectedImages",
+    "SourceImages",
+    "StoredImages",
+    "latent_shapes",
+    "render",
+    "square",
+    "unit_shapes",
+]
 
 
 def unit_shapes(models: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_]]:
@@ -189,6 +198,29 @@ def square(images: NDArray, width: int) -> NDArray:
     return out
 
 
+def latent_shapes(draw: Render, latent: NDArray, band: int) -> NDArray[np.float64]:
+    """Measure adaptive second moments of models in the frame of a network that draws Gaussians.
+
+    Parameters
+    ----------
+    draw : `Render`
+        Gives the Gaussians.
+    latent : `numpy.ndarray`, (N, L)
+        Latents.
+    band : `int`
+        Index of the band.
+
+    Returns
+    -------
+    moments : `numpy.ndarray`, (N, 3)
+        Ixx, Iyy and Ixy, pixel^2.
+    """
+    mixture = draw.mixture(latent)
+    # The decoder integrates over pixels by adding their variance.
+    frame = draw.metadata.frame["sigma"] ** 2 + 1.0 / 12.0
+    return adaptive_moments_of_gaussians(mixture.weight[:, band], mixture.position, mixture.covariance, frame)
+
+
 class SourceImages:
     """Images of deblended sources, rendered when they are asked for.
 
@@ -264,12 +296,7 @@ class SourceImages:
         templates = np.isin(np.arange(len(self)), list(self._templates))
         drawn = np.flatnonzero(~templates & np.isfinite(self._flux_network).any(axis=1))
         if self._draw is not None and len(drawn):
-            mixture = self._draw.mixture(self._latent[drawn])
-            # The decoder integrates over pixels by adding their variance.
-            frame = self._renderer.metadata.frame["sigma"] ** 2 + 1.0 / 12.0
-            out[drawn] = adaptive_moments_of_gaussians(
-                mixture.weight[:, band], mixture.position, mixture.covariance, frame
-            )
+            out[drawn] = latent_shapes(self._draw, self._latent[drawn], band)
             drawn = np.flatnonzero(templates)
         else:
             drawn = np.arange(len(self))

@@ -85,8 +85,8 @@ def _sees(state: State, rows: NDArray[np.int64], moved: NDArray[np.int64]) -> ND
     own, other = state.starts(rows), state.starts(moved)
     tree = cKDTree(own + 0.5 * stamps.width[rows][:, None])
     reach = 0.5 * (stamps.width[moved] + stamps.width[rows].max(initial=0))
-    for i, found in enumerate(tree.query_ball_point(other + 0.5 * stamps.width[moved][:, None], reach,
-    p=np.inf)):
+    nearby = tree.query_ball_point(other + 0.5 * stamps.width[moved][:, None], reach, p=np.inf)
+    for i, found in enumerate(nearby):
         last = np.minimum(own[found] + stamps.width[rows[found]][:, None], other[i] + stamps.width[moved[i]])
         near[found] |= (last - np.maximum(own[found], other[i]) >= _LEAST_OVERLAP).all(axis=1)
     return near
