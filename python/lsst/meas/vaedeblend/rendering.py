@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from .ground.psf import (
     gaussian_psf,
     kolmogorov_psf,
     matching_kernel_ft,
+    wings,
 )
 from .network import Decoder, NetworkMetadata, Render
 from .scene import PsfGrid
@@ -163,6 +165,68 @@ class Renderer:
             spectrum = scipy.fft.rfft2(stamp, s=grid) * np.exp(-2j * np.pi * shift)
             out[:, i] = scipy.fft.irfft2(spectrum, s=grid)[:, :size, :size]
         return out
+
+
+    def points(
+        self, dx: ArrayLike, dy: ArrayLike, psf_index: ArrayLike
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Render unresolved sources, with the wings that their PSFs have beyond the stamps.
+
+        Parameters
+        ----------
+        dx, dy : array_like, (N,)
+            Offsets from the cutout's centre, pixel.
+        psf_index : array_like, (N,)
+            PSF cells.
+
+        Returns
+        -------
+        models, observed : `numpy.ndarray`, (N, B, S, S)
+            Images of unit flux in the network's frame, and as the coadd shows them; the latter have sum 1 on the
+            cutout, as long as the source lies well on it.
+        """
+        dx, dy, cell = np.asarray(dx, float), np.asarray(dy, float), np.asarray(psf_index, np.int64)
+        models = self.point_sources(dx, dy)
+        observed = self.observed(models, cell)
+        observed += self.halo(dx, dy, cell, self.metadata.cutout_size)
+        observed /= 1.0 + self._halo_light[cell].astype(np.float32)[:, :, None, None]
+        return models, observed
+
+    def halo(self, dx: NDArray, dy: NDArray, cell: NDArray, width: int) -> NDArray[np.float32]:
+        """Continue PSFs beyond their stamps as power laws, (N, B, width, width), see `wings`.
+
+        The offsets are those from the cutout's centre, which lies in the same pixel of a square of any even
+        width; the unit is the light inside of the stamp.
+        """
+        level, slope = self._wings
+        h, w = self.psf.stamps.shape[2:]
+        shift = width // 2 - self.metadata.cutout_size // 2
+        y = np.arange(width) - (self.metadata.centre[0] + shift + dy)[:, None]
+        x = np.arange(width) - (self.metadata.centre[1] + shift + dx)[:, None]
+        outside = (np.abs(y) > h / 2)[:, :, None] | (np.abs(x) > w / 2)[:, None, :]
+        distance = np.maximum(np.hypot(y[:, :, None], x[:, None, :]) / (min(h, w) / 2), 1.0)
+        log = np.log(distance)[:, None] * -slope[cell][:, :, None, None]
+        out = level[cell][:, :, None, None] * np.exp(log)
+        return (out * outside[:, None]).astype(np.float32)
+
+    @cached_property
+    def _wings(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Levels and slopes of the wings of all cells, (P, B)."""
+        return wings(self.psf.stamps)
+
+    @cached_property
+    def _halo_light(self) -> NDArray[np.float64]:
+        """Light of a central source beyond the stamp, on the cutout, (P, B)."""
+        cells = np.arange(len(self.psf.stamps))
+        nothing = np.zeros(1)
+        return np.concatenate(
+            [
+                self.halo(nothing, nothing, cells[i : i + 1], self.metadata.cutout_size).sum(
+                    axis=(2, 3), dtype=np.float64
+                )
+                for i in cells
+            ]
+        )
 
 
 def _gaussians(x: NDArray, y: NDArray, sigma: float, size: int) -> NDArray[np.float64]:

@@ -72,6 +72,9 @@ class SourceModels:
     chi2 : `numpy.ndarray`, (N,)
         Mean over the valid pixels, weighted with the model's share of the flux, of squared residual over
         variance.
+    point_probability : `numpy.ndarray`, (N,)
+        Probability that the source is unresolved, against the network's galaxies; NaN where a galaxy was drawn
+        so large that nobody asked.
     """
 
     bands: tuple[str, ...]
@@ -101,6 +104,7 @@ class SourceModels:
     blendedness: NDArray[np.float64]
     data_coverage: NDArray[np.float64]
     chi2: NDArray[np.float64]
+    point_probability: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.id)
@@ -146,7 +150,8 @@ class SourceModels:
                 u.nJy,
                 f"Flux that goes with the latents in the bands {bands}",
             ),
-            ("fallback", self._flag("fallback"), nothing, "The model is a point source, not the decoder's"),
+            ("fallback", self._flag("fallback"), nothing, "The model is a point source for want of another"),
+            ("point_source", self._flag("point_source"), nothing, "The model is a point source"),
             ("network", np.full(n, self.network), nothing, "Name of the network and of its decoder"),
             ("weights_sha256", np.full(n, self.weights_sha256), nothing, "Checksum of the network's graph"),
         ]
@@ -206,15 +211,16 @@ class SourceModels:
         latent = np.asarray(table["latent_mean"], np.float32).reshape(n, decoder.metadata.latent_size)
         flux = np.asarray(table["flux"], float).reshape(n, len(bands))
         fallback = np.asarray(table["fallback"], bool)
+        point = fallback | np.asarray(table["point_source"], bool)
         renderer = Renderer(decoder.metadata, psf)
         templates = {}
-        if fallback.any():
+        if point.any():
             dx, dy = x - corner_x - centre_x, y - corner_y - centre_y
-            points = renderer.point_sources(dx[fallback], dy[fallback])
-            points *= np.nan_to_num(flux[fallback])[:, :, None, None].astype(np.float32)
-            seen = renderer.observed(points, psf_index[fallback])
-            rows = np.flatnonzero(fallback).tolist()
-            templates = {row: (own, as_seen) for row, own, as_seen in zip(rows, points, seen, strict=True)}
+            rows = np.flatnonzero(point)
+            points, seen = renderer.points(dx[rows], dy[rows], psf_index[rows])
+            scale = np.nan_to_num(flux[rows])[:, :, None, None].astype(np.float32)
+            pairs = zip(rows.tolist(), points * scale, seen * scale, strict=True)
+            templates = {row: (own, as_seen) for row, own, as_seen in pairs}
         flux_network = np.full(flux.shape, np.nan)
         if "flux_network" in table.colnames:
             flux_network = np.asarray(table["flux_network"], float).reshape(flux.shape)
@@ -247,10 +253,11 @@ class SourceModels:
             moments=np.full((*flux.shape, 3), np.nan, np.float32),
             moments_err=np.full((*flux.shape, 3), np.nan, np.float32),
             images=images,
-            flags={"fallback": fallback},
+            flags={"fallback": fallback, "point_source": np.asarray(table["point_source"], bool)},
             blendedness=nothing.copy(),
             data_coverage=nothing.copy(),
             chi2=nothing.copy(),
+            point_probability=nothing.copy(),
         )
 
 

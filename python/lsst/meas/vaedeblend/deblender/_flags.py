@@ -34,6 +34,7 @@ def source_flags(state: State, rows: NDArray[np.int64]) -> dict[str, NDArray[np.
     flags["masked"] = state.parent_flags["masked"][parent]
     flags["too_many_peaks"] = r.crowded[rows]
     flags["not_finite"] = r.unsound[rows] & active
+    flags["point_source"] = r.point[rows] & active
     flags["fallback"] = r.failed[rows] & active
     flags["no_psf"] = ~scene.psf.valid[r.cell[rows]][:, has_data].all(axis=1)
     flags["missing_band"] = active & ~r.measured[rows].all(axis=1)

@@ -14,6 +14,9 @@ from ._state import State
 
 __all__ = ["solve"]
 
+_POINT_COVERAGE = 1e-6
+"""What `MIN_COVERAGE` is for galaxies, for point sources."""
+
 
 def solve(state: State, rows: NDArray[np.int64]) -> None:
     """Solve jointly for the fluxes of living sources, all other models subtracted."""
@@ -22,7 +25,9 @@ def solve(state: State, rows: NDArray[np.int64]) -> None:
         return
     r = state.rows
     own, seen, data, squares = _sums(state, rows)
-    measured = (seen > MIN_COVERAGE * squares) & (own > 0)
+    # The PSF is known as far as its stamp reaches, so that its wings tell the flux of a star without a core.
+    least = np.where(r.point[rows], _POINT_COVERAGE, MIN_COVERAGE)[:, None]
+    measured = (seen > least * squares) & (own > 0)
     pairs = overlapping_pairs(state.starts(rows), r.stamps.width[rows])
     shared = _products(state, rows, pairs)
     groups = connected_groups(len(rows), pairs)

@@ -135,9 +135,7 @@ def _fall_back(state: State, rows: NDArray[np.int64], image: NDArray) -> None:
     """Give sources that the network fails on a shape: what is symmetric about them, or a point source."""
     r = state.rows
     centre = np.array(state.metadata.centre)
-    dy, dx = (r.peak[rows, ::-1] - r.corner[rows] - centre).T
-    sky = state.renderer.point_sources(dx, dy)
-    shapes = state.renderer.observed(sky, r.cell[rows])
+    sky, shapes = state.draw_points(rows, r.peak[rows])
     templates = _templates(state, rows, image)
     shapes = np.where(templates.any(axis=(2, 3))[:, :, None, None], templates, shapes)
     for row, own_sky, own in zip(rows.tolist(), sky, shapes, strict=True):

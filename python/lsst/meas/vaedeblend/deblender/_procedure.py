@@ -14,6 +14,7 @@ from ..scene import Scene
 from ._config import DeblendConfig
 from ._drawing import GridDrawing
 from ._passes import first_answers, improve, try_by_passes
+from ._points import choose_points, refit_points
 from ._pruning import drop
 from ._refinement import refine, refine_rows, set_posterior, try_by_refinement, unsettled, wake
 from ._result import DeblendResult, assemble
@@ -25,6 +26,9 @@ __all__ = ["deblend"]
 
 _FIRST_STEPS = 1
 """Steps of refinement before the first search for new peaks."""
+
+_TURNS = 3
+"""Most times that galaxies and points next to each other are fitted in turn."""
 
 _LATE_ROUNDS = 1
 """Times that sources go on which have not settled after all."""
@@ -91,23 +95,43 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
     open_ = _to_search(state, parents)
     # What a model may still become, it becomes only after the search: it would take in what has no peak yet.
     refine(state, parents, _FIRST_STEPS if open_ else None)
+    _decide_points(state, parents)
     for iteration in range(1, state.config.maxIterations + 1):
         moving = unsettled(state, parents)
         if not moving and not open_:
             break
         open_ = try_peaks(state, open_, iteration, try_by_refinement)
-        refine(state, _either(moving, open_))
+        _settle(state, _either(moving, open_))
         _report(iteration, moving, open_)
     gone = [drop(state, p) for p in parents]
     if any(len(rows) for rows in gone):
         wake(state, state.members_of(parents), np.concatenate(gone))
         refine(state, parents)
+    _decide_points(state, parents)
+    _settle(state, parents)
     # Sources settle one by one: those that neighbours have disturbed since then go on.
     late = set_posterior(state, state.members_of(parents))
     for _ in range(_LATE_ROUNDS):
         if not len(late):
             break
         late = set_posterior(state, refine_rows(state, late))
+
+
+def _decide_points(state: State, parents: list[int]) -> None:
+    """Make those sources points that are more probably so; what sees them goes on."""
+    rows = state.members_of(parents)
+    wake(state, rows, choose_points(state, rows))
+
+
+def _settle(state: State, parents: list[int]) -> None:
+    """Refine galaxies and fit points in turn, until neither moves the other."""
+    for _ in range(_TURNS):
+        refine(state, parents)
+        rows = state.members_of(parents)
+        moved = refit_points(state, rows)
+        if not len(moved):
+            break
+        wake(state, rows, moved)
 
 
 def _go_on_with_passes(state: State, parents: list[int]) -> None:

@@ -16,7 +16,7 @@ from ._fluxes import solve
 from ._passes import apply_network
 from ._state import State
 
-__all__ = ["refine", "set_posterior", "try_by_refinement", "unsettled"]
+__all__ = ["log_occam", "refine", "refine_rows", "set_posterior", "try_by_refinement", "unsettled", "wake"]
 
 _MAX_STEP = 2.0
 """Longest step of one source, in standard deviations of the prior: the models are linear no farther."""
@@ -50,7 +50,8 @@ def refine(state: State, parents: list[int], steps: int | None = None) -> None:
 def refine_rows(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Refine some sources once more; return them and those that see them."""
     r = state.rows
-    r.settled[rows] = r.stuck[rows] = False
+    r.settled[rows] = r.point[rows]
+    r.stuck[rows] = False
     _take_steps(state, rows, state.config.refinementSteps)
     everything = np.flatnonzero(r.alive & r.active & r.tried)
     return everything[_sees(state, everything, rows)]
@@ -74,8 +75,11 @@ def try_by_refinement(state: State, parents: list[int], new: NDArray[np.int64]) 
 def wake(state: State, rows: NDArray[np.int64], moved: NDArray[np.int64]) -> None:
     """Let those of some sources move again that see one of the sources that moved."""
     r = state.rows
+    if not len(moved):
+        return
     near = rows[_sees(state, rows, moved)]
-    r.settled[near] = r.stuck[near] = False
+    r.settled[near] = r.point[near]
+    r.stuck[near] = False
     r.damping[near] = 0.0
 
 
@@ -92,13 +96,33 @@ def _sees(state: State, rows: NDArray[np.int64], moved: NDArray[np.int64]) -> ND
     return near
 
 
+def _galaxies(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of some sources that have latents to fit."""
+    r = state.rows
+    return rows[~r.failed[rows] & ~r.point[rows] & (r.stamps.width[rows] > 0)]
+
+
+def log_occam(state: State, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Log of the part of the latents' prior that the data leave of sources, neighbours held fixed, (K,).
+
+    Laplace's approximation: prior density at the best latents times the volume (2 pi)^(L/2) |H|^(-1/2) of
+    the posterior about them.
+    """
+    r, precision = state.rows, state.config.refinementPrior
+    system, _ = _linearise(state, rows)
+    _, determinant = np.linalg.slogdet(system.block)
+    latent = r.mean[rows].astype(float)
+    penalty = prior_penalty(latent, precision, state.config.refinementWall)
+    return 0.5 * (latent.shape[1] * np.log(precision) - penalty - determinant)
+
+
 def _take_steps(state: State, rows: NDArray[np.int64], steps: int) -> None:
     """Fit the latents of sources to the pixels by Gauss-Newton steps.
 
     Overlapping sources whose posterior gets less probable go back to where they were, and take shorter steps.
     """
     r = state.rows
-    rows = rows[~r.failed[rows] & (r.stamps.width[rows] > 0)]
+    rows = _galaxies(state, rows)
     # From here on the fluxes are those of the latents.
     latent_flux = np.where(r.measured[rows], r.network_flux[rows], 0.0)
     state.set_fluxes(rows, latent_flux)
@@ -299,7 +323,7 @@ def set_posterior(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """
     assert isinstance(state.drawing, GridDrawing)
     r, config = state.rows, state.config
-    rows = rows[~r.failed[rows] & (r.stamps.width[rows] > 0)]
+    rows = _galaxies(state, rows)
     for part in _batches(state, rows):
         system, tolerance = _linearise(state, part)
         r.covariance[part] = config.posteriorScale**2 * system.covariances()

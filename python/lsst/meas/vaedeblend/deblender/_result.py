@@ -55,14 +55,14 @@ def assemble(state: State) -> DeblendResult:
     error = np.where(measured, r.error[rows], np.nan)
     network_flux = r.network_flux[rows]
     if isinstance(state.drawing, GridDrawing):
-        drawn = np.flatnonzero(active & r.tried[rows] & ~r.failed[rows])
+        drawn = np.flatnonzero(active & r.tried[rows] & ~r.failed[rows] & ~r.point[rows])
         if len(drawn):
             held = state.drawing.held(r.mean[rows[drawn]])
             for values in (flux, error, network_flux):
                 values[drawn] *= held
     position = np.where((active & r.tried[rows])[:, None], r.centroid[rows], r.peak[rows])
     flags = source_flags(state, rows)
-    templates = _fall_back(state, rows, flux, error)
+    templates = _fall_back(state, rows, flux, error) | _points(state, rows, flux)
     blendedness, coverage, chi2 = _diagnostics(state, rows, templates)
     residual = np.where(state.valid, state.residual, np.float32(0.0))
     sources = SourceModels(
@@ -102,6 +102,7 @@ def assemble(state: State) -> DeblendResult:
         blendedness=blendedness,
         data_coverage=coverage,
         chi2=chi2,
+        point_probability=r.point_probability[rows],
     )
     np.logical_or.at(state.parent_flags["failed_source"], parent, flags["fallback"])
     return DeblendResult(sources, _summarise(state, parent[active]), residual)
@@ -169,6 +170,17 @@ def _fall_back(
     error[failed] = np.hypot(error[failed], np.sqrt(variance.sum(axis=(2, 3), dtype=float)))
     add_cutouts(state.residual, -extra, y, x)
     return out
+
+
+def _points(state: State, rows: NDArray[np.int64], flux: NDArray) -> dict[int, tuple[NDArray, NDArray]]:
+    """Images, in nJy, of sources whose model is the PSF."""
+    r = state.rows
+    index = np.flatnonzero(r.point[rows])
+    if not len(index):
+        return {}
+    sky, observed = state.draw_points(rows[index], r.centroid[rows[index]])
+    scale = np.nan_to_num(flux[index]).astype(np.float32)[:, :, None, None]
+    return dict(zip(index.tolist(), zip(sky * scale, observed * scale, strict=True), strict=True))
 
 
 def _leftovers(state: State, rows: NDArray[np.int64]) -> NDArray[np.float32]:

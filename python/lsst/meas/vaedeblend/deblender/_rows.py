@@ -43,6 +43,8 @@ class Rows:
     active: NDArray[np.bool_]  # deblended at all
     tried: NDArray[np.bool_]  # has been through the network
     failed: NDArray[np.bool_]  # has no model from the network
+    point: NDArray[np.bool_]  # the PSF is its model, see `_points`
+    point_probability: NDArray[np.float64]  # NaN where it was not asked
     unsound: NDArray[np.bool_]  # the network's last output was no good
     settled: NDArray[np.bool_]  # refinement has nothing left to gain
     stuck: NDArray[np.bool_]  # no step makes its group any better, though the models promise one
@@ -67,6 +69,8 @@ class Rows:
         "alive",
         "tried",
         "failed",
+        "point",
+        "point_probability",
         "unsound",
         "settled",
         "stuck",
@@ -111,6 +115,8 @@ class Rows:
             active=np.ones(n, bool),
             tried=np.zeros(n, bool),
             failed=np.zeros(n, bool),
+            point=np.zeros(n, bool),
+            point_probability=np.full(n, np.nan),
             unsound=np.zeros(n, bool),
             settled=np.zeros(n, bool),
             stuck=np.zeros(n, bool),

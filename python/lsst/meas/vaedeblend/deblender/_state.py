@@ -233,13 +233,21 @@ class State:
         r.flux[own] = flux[drawn.good]
         r.network_flux[own] = drawn.flux[drawn.good]
         r.wanted[own] = drawn.wanted[drawn.good]
-        r.centroid[own] = self._target(own) + drawn.offset[drawn.good]
+        r.centroid[own] = self.target(own) + drawn.offset[drawn.good]
         return change
 
-    def _target(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def target(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Scene coordinates (x, y) of the pixel in the middle of sources' cutouts, (K, 2)."""
         middle = np.floor(np.array(self.metadata.centre) + 0.5).astype(np.int64)
         return (self.rows.corner[rows] + middle)[:, ::-1]
+
+    def draw_points(
+        self, rows: NDArray[np.int64], position: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Draw points (x, y) on sources' cutouts, in the network's frame and as observed, (K, B, S, S)."""
+        centre_y, centre_x = self.metadata.centre
+        dy, dx = (position[:, ::-1] - self.rows.corner[rows] - [centre_y, centre_x]).T
+        return self.renderer.points(dx, dy, self.rows.cell[rows])
 
     def put_back(self, saved: Saved, part: NDArray[np.bool_] | None = None) -> None:
         """Put back sources as they were when they were saved, all or a part of them."""

@@ -27,6 +27,7 @@ __all__ = [
     "kolmogorov_psf",
     "matching_kernel_ft",
     "moments_sigma",
+    "wings",
 ]
 
 FWHM_PER_SIGMA = 2.0 * np.sqrt(2.0 * np.log(2.0))
@@ -227,6 +228,48 @@ def _adaptive_moments(stamps: NDArray, max_iterations: int, tolerance: float) ->
         if not keep.all():
             active, image = active[keep], image[keep]
     return out
+
+
+def wings(stamps: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fit how PSFs fall off at the border of their stamps.
+
+    A stamp ends where its PSF does not: the wings of Moffat's profile follow a power law (Moffat 1969, A&A 3,
+    455), and so do those of what dust and optics scatter, with a flatter one. Means over two rings give level
+    and slope.
+
+    Parameters
+    ----------
+    stamps : array_like, (..., h, w)
+        PSF images of odd sizes.
+
+    Returns
+    -------
+    level : `numpy.ndarray`, (...)
+        Value at a distance of half of the stamp's smaller side, in the stamps' unit; 0 where the outer ring does
+        not exceed its own scatter, and nothing is known of wings.
+    slope : `numpy.ndarray`, (...)
+        Exponent of the power law with which they fall, between 3 (flatter ones would hold any amount of light)
+        and 8.
+    """
+    stamps = np.nan_to_num(np.asarray(stamps, dtype=np.float64))
+    h, w = stamps.shape[-2:]
+    reach = min(h, w) / 2
+    distance = np.hypot(np.arange(h)[:, None] - h // 2, np.arange(w) - w // 2)
+    inner = (distance >= 0.55 * reach) & (distance < 0.75 * reach)
+    outer = (distance >= 0.75 * reach) & (distance <= reach)
+    if not (inner.any() and outer.any()):
+        return np.zeros(stamps.shape[:-2]), np.full(stamps.shape[:-2], 8.0)
+    near, far = stamps[..., inner].mean(axis=-1), stamps[..., outer].mean(axis=-1)
+    # Of a power law the mean over a ring is its value at about the mean of the logarithms.
+    r_near, r_far = (np.exp(np.log(distance[ring]).mean()) for ring in (inner, outer))
+    scatter = stamps[..., outer].std(axis=-1) / np.sqrt(outer.sum())
+    known = (far > 3 * scatter) & (near > far)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope = np.where(known, np.log(near / far) / np.log(r_far / r_near), 8.0)
+    # Faster than that are no wings but the flank of the core: it leaves nothing to speak of.
+    known &= slope <= 8.0
+    slope = np.clip(slope, 3.0, 8.0)
+    return np.where(known, far * (reach / r_far) ** -slope, 0.0), slope
 
 
 def fft_size(cutout_size: int, stamp_size: int) -> int:
