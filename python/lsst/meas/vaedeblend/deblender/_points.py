@@ -41,14 +41,18 @@ _LOG_FLUX_RANGE = 9.2
 _COLOUR_RANGE = 3.0
 """Width of the prior of the log flux ratios of a star: a star has any colour within some three magnitudes."""
 
-_STARS = 0.2
-"""Part of all sources that are stars, before anything is known of one: high galactic latitude, r below 25."""
+_EQUAL_FLUX, _COUNTS_RATIO = 2.3e4, 0.6
+"""Flux, nJy, at which there are as many stars as galaxies, r = 20.5, and the power of the flux with which their
+ratio grows: counts at high galactic latitude, of slopes near 0.1 and 0.34 per magnitude (Yasuda et al. 2001, AJ
+122, 1104)."""
 
 
-def choose_points(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Weigh both hypotheses for some sources, make those points that are more probably so; return these.
+def choose_points(
+    state: State, rows: NDArray[np.int64], least_log_odds: float = 0.0
+) -> NDArray[np.int64]:
+    """Weigh both hypotheses for some sources, make those points that are probably so; return these.
 
-    Sources stay what they once became.
+    Sources stay what they once became: as long as models still move, only those should that are beyond doubt.
     """
     r = state.rows
     assert isinstance(state.drawing, GridDrawing)
@@ -60,11 +64,11 @@ def choose_points(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     position, flux, error, images, spread = _fit(state, rows, data, weight)
     as_point = _chi2(data - images * flux[:, :, None, None].astype(np.float32), weight)
     as_galaxy = _chi2(data - _own(state, rows), weight)
-    log_odds = 0.5 * (as_galaxy - as_point) + np.log(_STARS / (1.0 - _STARS))
+    log_odds = 0.5 * (as_galaxy - as_point) + _prior_log_odds(flux, error)
     log_odds += _occam_of_point(flux, error, spread) - log_occam(state, rows)
     sound = np.isfinite(log_odds) & np.isfinite(flux).all(axis=1) & (flux > 0).any(axis=1)
     r.point_probability[rows] = np.where(sound, expit(np.where(sound, log_odds, 0.0)), 0.0)
-    kept = np.flatnonzero(sound & (log_odds > 0))
+    kept = np.flatnonzero(sound & (log_odds > least_log_odds))
     _put(state, rows[kept], position[kept], flux[kept], error[kept], images[kept])
     return rows[kept]
 
@@ -213,6 +217,17 @@ def _fluxes(images: NDArray, data: NDArray, weight: NDArray) -> tuple[NDArray, N
     return np.where(own > 0, seen / np.maximum(own, 1e-30), 0.0), own
 
 
+def _best_band(flux: NDArray, error: NDArray) -> NDArray[np.int64]:
+    """The band that tells most of each source, (K,)."""
+    return np.argmax(np.where(np.isfinite(error), flux / error, -np.inf), axis=1)
+
+
+def _prior_log_odds(flux: NDArray, error: NDArray) -> NDArray[np.float64]:
+    """Log of how many stars there are for each galaxy of some flux, (K,)."""
+    most = flux[np.arange(len(flux)), _best_band(flux, error)]
+    return _COUNTS_RATIO * np.log(np.maximum(most, 1.0) / _EQUAL_FLUX)
+
+
 def _occam_of_point(flux: NDArray, error: NDArray, spread: NDArray) -> NDArray[np.float64]:
     """Log of the part of a point's prior that its data leave, (K,).
 
@@ -223,7 +238,7 @@ def _occam_of_point(flux: NDArray, error: NDArray, spread: NDArray) -> NDArray[n
     relative = error / np.maximum(flux, error)
     known = np.isfinite(error)
     width = np.full(flux.shape, _COLOUR_RANGE)
-    width[np.arange(len(flux)), np.argmin(np.where(known, relative, np.inf), axis=1)] = _LOG_FLUX_RANGE
+    width[np.arange(len(flux)), _best_band(flux, error)] = _LOG_FLUX_RANGE
     left = np.minimum(np.log(np.sqrt(2 * np.pi) * relative / width), 0.0)
     return np.where(known, left, 0.0).sum(axis=1) + np.minimum(np.log(spread), 0.0)
 

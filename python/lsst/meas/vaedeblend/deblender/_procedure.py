@@ -30,6 +30,9 @@ _FIRST_STEPS = 1
 _TURNS = 3
 """Most times that galaxies and points next to each other are fitted in turn."""
 
+_BEYOND_DOUBT = 50.0
+"""Log odds of a point source before galaxies have been fitted to the end."""
+
 _LATE_ROUNDS = 1
 """Times that sources go on which have not settled after all."""
 
@@ -95,7 +98,7 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
     open_ = _to_search(state, parents)
     # What a model may still become, it becomes only after the search: it would take in what has no peak yet.
     refine(state, parents, _FIRST_STEPS if open_ else None)
-    _decide_points(state, parents)
+    _decide_points(state, parents, _BEYOND_DOUBT)
     for iteration in range(1, state.config.maxIterations + 1):
         moving = unsettled(state, parents)
         if not moving and not open_:
@@ -117,10 +120,10 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
         late = set_posterior(state, refine_rows(state, late))
 
 
-def _decide_points(state: State, parents: list[int]) -> None:
-    """Make those sources points that are more probably so; what sees them goes on."""
+def _decide_points(state: State, parents: list[int], least_log_odds: float = 0.0) -> None:
+    """Make those sources points that are probably so; what sees them goes on."""
     rows = state.members_of(parents)
-    wake(state, rows, choose_points(state, rows))
+    wake(state, rows, choose_points(state, rows, least_log_odds))
 
 
 def _settle(state: State, parents: list[int]) -> None:

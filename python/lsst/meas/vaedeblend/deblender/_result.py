@@ -53,7 +53,7 @@ def assemble(state: State) -> DeblendResult:
     active, corner, parent, measured = r.active[rows], r.corner[rows], r.parent[rows], r.measured[rows]
     flux = np.where(measured, r.flux[rows], np.nan)
     error = np.where(measured, r.error[rows], np.nan)
-    network_flux = r.network_flux[rows]
+    network_flux = np.where(r.point[rows][:, None], np.nan, r.network_flux[rows])
     if isinstance(state.drawing, GridDrawing):
         drawn = np.flatnonzero(active & r.tried[rows] & ~r.failed[rows] & ~r.point[rows])
         if len(drawn):
