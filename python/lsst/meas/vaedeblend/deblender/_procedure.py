@@ -13,6 +13,7 @@ from ..network import Network
 from ..scene import Scene
 from ._config import DeblendConfig
 from ._drawing import GridDrawing
+from ._fluxes import measure
 from ._passes import first_answers, improve, try_by_passes
 from ._points import choose_points, refit_points
 from ._pruning import drop
@@ -118,6 +119,7 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
         if not len(late):
             break
         late = set_posterior(state, refine_rows(state, late))
+    measure(state, state.members_of(parents))
 
 
 def _decide_points(state: State, parents: list[int], least_log_odds: float = 0.0) -> None:

@@ -1,6 +1,6 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Joint, non-negative fluxes of overlapping sources at given shapes: the mathematics."""
+"""Joint fluxes of overlapping sources at given shapes: the mathematics."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ def joint_fluxes(
     rhs: NDArray[np.float64],
     prior: NDArray[np.float64],
     prior_weight: float,
+    *,
+    negative: bool = False,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Solve for the non-negative fluxes of overlapping sources.
+    """Solve for the fluxes of overlapping sources.
 
-    Minimises f^T N f - 2 b^T f + w sum_i N_ii (f_i - p_i)^2 over f >= 0 in each band, N and b being the
+    Minimises f^T N f - 2 b^T f + w sum_i N_ii (f_i - p_i)^2, over f >= 0 by default, in each band, N and b being the
     normal matrix and right-hand side of weighted linear least squares, p the prior and w its weight.
 
     Parameters
@@ -37,6 +39,8 @@ def joint_fluxes(
         Fluxes to fall back on where the data do not tell, nJy; NaN for none.
     prior_weight : `float`
         Weight of the prior relative to that of the data.
+    negative : `bool`, optional
+        Whether fluxes may be negative.
 
     Returns
     -------
@@ -65,7 +69,7 @@ def joint_fluxes(
         solution = np.einsum("bij,bj->bi", inverse, vector)
         spread = np.diagonal(inverse, axis1=1, axis2=2)
         # Where the plain solution has no negative flux it is the non-negative one.
-        plain = (solution >= 0).all(axis=1) & (spread > 0).all(axis=1)
+        plain = ((solution >= 0).all(axis=1) | negative) & (spread > 0).all(axis=1)
         deviation[plain] = np.sqrt(spread[plain])
     except np.linalg.LinAlgError:
         solution, plain = np.zeros_like(vector), np.zeros(len(vector), bool)
