@@ -39,6 +39,45 @@ def test_what_is_not_finite_becomes_invalid_and_empty():
     assert s.image.dtype == np.float32 and not np.isnan(s.variance).any()
 
 
+def masked(values, *where):
+    """A masked array with some elements masked; what lies under the mask looks sound."""
+    mask = np.zeros(np.shape(values), bool)
+    for index in where:
+        mask[index] = True
+    return np.ma.array(values, mask=mask)
+
+
+def test_what_is_masked_in_masked_arrays_is_invalid():
+    ones = np.ones((2, 30, 40))
+    s = scene(
+        masked(ones, (0, 1, 2)),
+        variance=masked(4 * ones, (1, 3, 4)),
+        valid=masked(ones.astype(bool), (1, 5, 6)),
+        edge=masked(np.zeros((30, 40), bool), (7, 8)),
+    )
+    bad = [[0, 1, 2], [1, 3, 4], [1, 5, 6]]
+    np.testing.assert_array_equal(np.argwhere(~s.valid), bad)
+    np.testing.assert_array_equal(np.argwhere(s.weight == 0), bad)
+    np.testing.assert_array_equal(np.argwhere(s.image == 0), bad)
+    np.testing.assert_array_equal(np.argwhere(s.edge), [[7, 8]])
+    # A list of bands is an array, too.
+    s = scene(ones, variance=[masked(4 * ones[0], (1, 2)), masked(4 * ones[1])])
+    np.testing.assert_array_equal(np.argwhere(~s.valid), [[0, 1, 2]])
+    assert scene(ones, variance=np.ma.array(4 * ones)).valid.all()
+
+
+def test_masked_peaks_footprints_and_stamps():
+    with pytest.raises(ValueError, match="not finite"):
+        Parent(1, 0, 0, np.ones((2, 2)), masked([[1.0, 1.0]], (0, 1)))
+    with pytest.raises(ValueError, match="not finite"):
+        assign_peaks([], masked([[1, 1], [2, 2]], (1, 0)), (5, 5))
+    assert Parent(1, 0, 0, masked(np.ones((2, 2), bool), (0, 0))).area == 3
+    detected = masked(np.ones((3, 3), bool), (slice(None), 1))
+    assert [p.area for p in find_parents(detected)] == [3, 3]
+    stamps = masked(np.ones((2, 5, 5)), (1, 2, 2))
+    np.testing.assert_array_equal(PsfGrid.constant(stamps).valid, [[True, False]])
+
+
 def test_the_arrays_of_the_caller_stay_as_they_are():
     image = np.full((2, 30, 40), np.nan, np.float32)
     variance = np.zeros((2, 30, 40), np.float32)

@@ -24,6 +24,16 @@ __all__ = ["Parent", "PsfGrid", "Scene", "assign_peaks", "find_parents"]
 _NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
+def _unmasked(values: ArrayLike) -> NDArray[np.float64]:
+    """A copy in double precision, NaN where a `numpy.ma.MaskedArray` is masked."""
+    return np.array(np.ma.filled(np.ma.asarray(values, np.float64), np.nan))
+
+
+def _positions(peaks: ArrayLike) -> NDArray[np.float64]:
+    """Positions as (K, 2); masked ones are NaN, which nobody accepts."""
+    return _unmasked(peaks).reshape(-1, 2)
+
+
 @dataclasses.dataclass(eq=False)
 class Parent:
     """A connected region of detected pixels with the peaks in it.
@@ -52,13 +62,13 @@ class Parent:
     peaks: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.empty((0, 2)))
 
     def __post_init__(self) -> None:
-        self.footprint = np.asarray(self.footprint, dtype=bool)
+        self.footprint = np.asarray(np.ma.filled(self.footprint, False), dtype=bool)
         if self.footprint.ndim != 2 or not self.footprint.any():
             raise ValueError(
                 f"Parent {self.id}: the footprint should be (h, w) with at least one pixel set, "
                 f"it has shape {self.footprint.shape} and {int(self.footprint.sum())} pixels."
             )
-        self.peaks = np.asarray(self.peaks, dtype=np.float64).reshape(-1, 2)
+        self.peaks = _positions(self.peaks)
         if not np.isfinite(self.peaks).all():
             raise ValueError(f"Parent {self.id}: a peak's position is not finite.")
 
@@ -109,7 +119,7 @@ def find_parents(detected: ArrayLike, peaks: ArrayLike | None = None) -> list[Pa
     ValueError
         Raised if ``detected`` is not an image.
     """
-    detected = np.asarray(detected, dtype=bool)
+    detected = np.asarray(np.ma.filled(detected, False), dtype=bool)
     if detected.ndim != 2:
         raise ValueError(f"detected should be (H, W), it has shape {detected.shape}.")
     labels, _ = ndimage.label(detected, structure=_NEIGHBOURS)
@@ -148,7 +158,7 @@ def assign_peaks(
     ValueError
         Raised if a peak is not finite.
     """
-    peaks = np.asarray(peaks, dtype=np.float64).reshape(-1, 2)
+    peaks = _positions(peaks)
     if not np.isfinite(peaks).all():
         raise ValueError("A peak's position is not finite.")
     owner = np.full(shape, -1, dtype=np.int64)
@@ -205,7 +215,7 @@ class PsfGrid:
         grid_shape: tuple[int, int],
         origin: tuple[int, int] = (0, 0),
     ) -> None:
-        stamps = np.array(stamps, dtype=np.float64)
+        stamps = _unmasked(stamps)
         if stamps.ndim != 4 or stamps.shape[2] % 2 != 1 or stamps.shape[3] % 2 != 1:
             raise ValueError(f"PSF stamps should be (P, B, h, w) with h and w odd, not {stamps.shape}.")
         if len(stamps) != grid_shape[0] * grid_shape[1] or len(stamps) == 0:
@@ -238,7 +248,7 @@ class PsfGrid:
             A grid of one cell.
         """
         # Positions beyond the grid belong to its nearest cell, so the size of the only cell does not matter.
-        return cls(np.asarray(stamps)[None], cell_shape=(1, 1), grid_shape=(1, 1))
+        return cls(np.asanyarray(stamps)[None], cell_shape=(1, 1), grid_shape=(1, 1))
 
     def index(self, x: ArrayLike, y: ArrayLike) -> NDArray[np.int64]:
         """Find the cells that positions lie in.
@@ -317,8 +327,9 @@ class PsfGrid:
 class Scene:
     """One patch in all its bands, with the parents on it.
 
-    Pixels that are not finite, or whose variance is not finite and positive, become invalid. The image is 0
-    in invalid pixels and the variance infinite where it was no good.
+    Pixels that are not finite, or whose variance is not finite and positive, become invalid, and so do those
+    that are masked in a `numpy.ma.MaskedArray`. The image is 0 in invalid pixels and the variance infinite
+    where it was no good.
 
     Parameters
     ----------
@@ -364,6 +375,8 @@ class Scene:
         self.bands = tuple(bands)
         if not self.bands or len(set(self.bands)) != len(self.bands):
             raise ValueError(f"A scene needs different bands, not {list(self.bands)}.")
+        # Masks of masked arrays and of lists of them, which the conversions below drop.
+        masked = [np.ma.getmask(np.ma.asarray(a)) for a in (image, variance, valid) if a is not None]
         image = np.array(image, dtype=np.float32)
         variance = np.array(variance, dtype=np.float32)
         valid = np.ones(image.shape, dtype=bool) if valid is None else np.array(valid, dtype=bool)
@@ -373,7 +386,7 @@ class Scene:
             if array.shape != image.shape:
                 raise ValueError(f"The image has shape {image.shape}, {name} has {array.shape}.")
         if edge is not None:
-            edge = np.array(edge, dtype=bool)
+            edge = np.array(np.ma.filled(edge, True), dtype=bool)
             if edge.shape != image.shape[1:]:
                 raise ValueError(f"The image has shape {image.shape}, edge has {edge.shape}.")
         if psf.stamps.shape[1] != len(self.bands):
@@ -388,6 +401,8 @@ class Scene:
         with np.errstate(invalid="ignore"):
             sound = np.isfinite(variance) & (variance > 0)
         valid &= np.isfinite(image) & sound
+        for mask in masked:
+            valid &= ~mask
         variance[~sound] = np.inf
         image[~valid] = 0.0
         self.image: NDArray[np.float32] = image

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-__all__ = ["detection_image", "find_peaks", "significance_map"]
+__all__ = ["detection_image", "find_peaks", "significance_map", "smooth"]
 
 # Width at which the Gaussian matched filter is cut off, in its standard deviations.
 _TRUNCATE = 4.0
@@ -24,7 +24,7 @@ def _sigmas(psf_sigma: ArrayLike, bands: int) -> NDArray[np.float64]:
 
 
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, nogil=True)
-def _smooth(image: NDArray, kernel: NDArray) -> NDArray:
+def smooth(image: NDArray, kernel: NDArray) -> NDArray:
     """Correlate an image (H, W) with a symmetric kernel (2 R + 1,) along both axes, 0 beyond the border."""
     height, width = image.shape
     reach = len(kernel) // 2
@@ -82,9 +82,9 @@ def significance_map(image: ArrayLike, weight: ArrayLike, psf_sigma: ArrayLike) 
     for im, w, sigma in zip(image, weight, _sigmas(psf_sigma, len(image)), strict=True):
         if w.any():
             weighted = np.where(w > 0, im, np.float32(0.0)) * w
-            total += _smooth(weighted, _gaussian(sigma))
+            total += smooth(weighted, _gaussian(sigma))
             # The square of a Gaussian is one of width sigma / sqrt(2) and sum 1 / (4 pi sigma^2).
-            norm += _smooth(w, _gaussian(sigma / np.sqrt(2))) / np.float32(4.0 * np.pi * sigma**2)
+            norm += smooth(w, _gaussian(sigma / np.sqrt(2))) / np.float32(4.0 * np.pi * sigma**2)
     # Where the filter sees only its own far wings there is nothing to detect on.
     seen = norm > 1e-3 * norm.max(initial=0.0)
     return np.divide(total, np.sqrt(norm), out=np.zeros_like(total), where=seen & (norm > 0))

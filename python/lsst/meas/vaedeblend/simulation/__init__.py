@@ -5,6 +5,6 @@
 The data flows one way through the modules: `surveys` (what the telescope does), `population` (what galaxies
 there are), `galaxies` (their images, the bank of rendered components). From there `scenes` (crowded fields,
 for training) and `blends` (single blends as in Arcelin et al. 2020) compose samples of a bank, which `banks`
-makes as a configuration (`config`) says; `patch` and `fields` draw images with a truth to measure the
-deblender on. `ksb` measures shapes.
+makes as a configuration (`config`) says; `patch`, `fields` and `sky_fields` draw images with a truth to
+measure the deblender on. `ksb` measures shapes.
 """
