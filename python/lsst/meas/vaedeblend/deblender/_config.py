@@ -93,6 +93,22 @@ class DeblendConfig(Config):
         default=512,
         min=1,
     )
+    measureNoiseCorrelation = Field[bool](
+        doc="Measure in each band how the noise of neighbouring pixels correlates, from pixels without sources, "
+        "and count it in significances and errors? Otherwise noise is white.",
+        default=True,
+    )
+    subtractSky = Field[bool](
+        doc="Measure the sky left over around each pixel, from pixels without sources, and subtract it?",
+        default=True,
+    )
+    skyPrior = RangeField(
+        dtype=float,
+        doc="How large a sky to expect, in standard deviations of a pixel's noise.",
+        default=0.1,
+        min=0.0,
+        inclusiveMin=False,
+    )
     findNewPeaks = Field[bool](
         doc="Look for further peaks in the residuals? The tasks also take None, their default: in patches "
         "that come without peaks. Where peaks are given they say what there is, and what remains of galaxies "

@@ -106,16 +106,14 @@ def log_occam(state: State, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Log of the part of the latents' prior that the data leave of sources, neighbours held fixed, (K,).
 
     Laplace's approximation: prior density at the best latents times the volume (2 pi)^(L/2) |H|^(-1/2) of
-    the posterior about them. Where latents are not the best yet, half of the decrease of chi-square that the
-    next step promises is added.
+    the posterior about them.
     """
     r, precision = state.rows, state.config.refinementPrior
     system, _ = _linearise(state, rows)
     _, determinant = np.linalg.slogdet(system.block)
     latent = r.mean[rows].astype(float)
     penalty = prior_penalty(latent, precision, state.config.refinementWall)
-    left = np.maximum(np.nan_to_num(system.promise), 0.0)
-    return 0.5 * (latent.shape[1] * np.log(precision) - penalty - determinant + left)
+    return 0.5 * (latent.shape[1] * np.log(precision) - penalty - determinant)
 
 
 def _take_steps(state: State, rows: NDArray[np.int64], steps: int) -> None:

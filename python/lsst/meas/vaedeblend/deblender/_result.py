@@ -62,9 +62,11 @@ def assemble(state: State) -> DeblendResult:
                 values[drawn] *= held
     position = np.where((active & r.tried[rows])[:, None], r.centroid[rows], r.peak[rows])
     flags = source_flags(state, rows)
+    state.restore_pixel_weights()
     templates = _fall_back(state, rows, flux, error) | _points(state, rows, flux)
     blendedness, coverage, chi2 = _diagnostics(state, rows, templates)
-    residual = np.where(state.valid, state.residual, np.float32(0.0))
+    residual = state.residual if state.sky is None else state.residual + state.sky
+    residual = np.where(state.valid, residual, np.float32(0.0))
     sources = SourceModels(
         bands=scene.bands,
         network=state.metadata.name,

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
 
 from ..ground.flags import PARENT_FLAGS
+from ..ground.noise import noise_correlation, noise_factor
 from ..ground.peaks import significance_map
 from ..ground.psf import moments_sigma
+from ..ground.sky import local_sky
 from ..inference import kernels
 from ..network import Network
 from ..rendering import Renderer
@@ -24,10 +27,22 @@ _LARGEST = 1e15
 """Largest pixel, in standard deviations, that counts as a measurement: squares must not overflow."""
 
 
+_GROWTH = 4
+"""Pixels around footprints that are not free of the light of sources."""
+
+_STEP = 0.05
+"""Steps of the factors of correlated noise: finer ones are not measured, and would let far pixels matter."""
+
+
+def _stepwise(factor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Round factors, at least to 1: coadds have no anticorrelated noise."""
+    return np.maximum(np.rint(factor / _STEP) * _STEP, 1.0)
+
+
 class State:
     """Where one run of the procedure stands, on one scene whose bands are the network's.
 
-    The residual is the image minus the models of all living sources, whatever a method does: sources are
+    The residual is the image, without the sky left over, minus the models of all living sources, whatever a method does: sources are
     killed, given other models or fluxes, and put back by methods that change the residual as well. What it
     holds in invalid pixels means nothing: all that reads it has weights or masks them.
     """
@@ -43,6 +58,7 @@ class State:
         self.valid = scene.valid & has_psf[:, None, None]
         self.weight = scene.weight * has_psf[:, None, None]
         self._mask_absurd()
+        self._measure_background()
         self.usable = self.valid.any(axis=(1, 2))
         moments = psf.moments
         known = np.isfinite(moments).all(axis=2)
@@ -82,6 +98,40 @@ class State:
             self.valid &= ~wild
             self.weight[wild] = 0.0
             self.image = np.where(wild, np.float32(0.0), self.image)
+
+    def _measure_background(self) -> None:
+        """Take the sky left over out of the image, and what correlated noise costs into the weights.
+
+        From here on a weight is that of a pixel in a sum over a source as wide as the PSF: what is done with
+        white noise then gives the significance and the errors of correlated noise, for such sources.
+        """
+        config, bands = self.config, len(self.valid)
+        self.noise_factor: NDArray[np.float64] = np.ones(bands)
+        self.sky: NDArray[np.float32] | None = None
+        free = ~self._near_footprints()
+        spread = np.ones(bands)
+        if config.measureNoiseCorrelation:
+            correlation, _ = noise_correlation(self.image, self.weight, free)
+            sigma = np.nanmedian(moments_sigma(self.renderer.psf.moments), axis=0)
+            self.noise_factor = _stepwise(noise_factor(correlation, np.where(sigma > 0, sigma, 1.0)))
+            spread = _stepwise(noise_factor(correlation, np.inf))
+        if config.subtractSky and free.any():
+            self.sky, _ = local_sky(self.image, self.weight, free, spread, prior=config.skyPrior)
+            self.image = np.where(self.valid, self.image - self.sky, np.float32(0.0))
+        self.weight /= self.noise_factor[:, None, None].astype(np.float32)
+
+    def _near_footprints(self) -> NDArray[np.bool_]:
+        """Pixels in or next to a footprint, (H, W)."""
+        detected = np.zeros(self.scene.shape, np.uint8)
+        for parent in self.scene.parents:
+            window, inside = parent.window(self.scene.shape)
+            detected[window][inside] = 1
+        return ndimage.maximum_filter(detected, 2 * _GROWTH + 1).astype(bool)
+
+    def restore_pixel_weights(self) -> None:
+        """Make weights the inverse variances of single pixels again, for statistics of pixels in the end."""
+        self.weight *= self.noise_factor[:, None, None].astype(np.float32)
+        self.noise_factor = np.ones(len(self.weight))
 
     # Rows
 
@@ -127,6 +177,7 @@ class State:
             middle = np.median(weight, axis=2)
             some = np.isnan(middle) & np.isfinite(weight).any(axis=2)
             middle[some] = np.nanmedian(weight[some], axis=1)
+            middle = middle * self.noise_factor
             out[part] = np.where(np.isfinite(middle), 1.0 / np.sqrt(middle), out[part])
         return out
 
