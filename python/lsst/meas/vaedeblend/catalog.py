@@ -174,12 +174,31 @@ def object_table(
             "",
             "Blendedness 1 - sum(I_i^2) / sum(I_tot I_i) over the models",
         ),
+        (
+            "deblend_pointProbability",
+            sources.point_probability,
+            "",
+            "Probability that the source is unresolved; NaN where its galaxy was drawn too large to ask",
+        ),
+        (
+            "deblend_significance",
+            _significance(sources),
+            "",
+            "Root of the sum over bands of squared flux over standard deviation",
+        ),
         ("deblend_dataCoverage", sources.data_coverage, "", "Part of the model's flux on valid pixels"),
     ]
     for name, doc in SOURCE_FLAGS.items():
         value = sources.flags.get(name, np.zeros(n, dtype=bool))
         columns.append((f"deblend_flag_{name}", value, "", doc))
     return _table(columns)
+
+
+def _significance(sources: SourceModels) -> NDArray[np.float64]:
+    """Significance of sources over all bands, (N,); NaN without a flux in any."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        squares = (sources.flux / sources.flux_err) ** 2
+    return np.where(np.isfinite(squares).any(axis=1), np.sqrt(np.nansum(squares, axis=1)), np.nan)
 
 
 def parent_table(parents: ParentSummary, sky: Sky | None = None) -> Table:

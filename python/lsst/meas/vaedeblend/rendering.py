@@ -182,8 +182,8 @@ class Renderer:
         Returns
         -------
         models, observed : `numpy.ndarray`, (N, B, S, S)
-            Images of unit flux in the network's frame, and as the coadd shows them; the latter have sum 1 on the
-            cutout, as long as the source lies well on it.
+            Images of unit flux in the network's frame, and as the coadd shows them; the latter have sum 1 on
+            the cutout, as long as the source lies well on it.
         """
         dx, dy, cell = np.asarray(dx, float), np.asarray(dy, float), np.asarray(psf_index, np.int64)
         models = self.point_sources(dx, dy)

@@ -73,8 +73,8 @@ class SourceModels:
         Mean over the valid pixels, weighted with the model's share of the flux, of squared residual over
         variance.
     point_probability : `numpy.ndarray`, (N,)
-        Probability that the source is unresolved, against the network's galaxies; NaN where a galaxy was drawn
-        so large that nobody asked.
+        Probability that the source is unresolved, against the network's galaxies; NaN where a galaxy was
+        drawn so large that nobody asked.
     """
 
     bands: tuple[str, ...]

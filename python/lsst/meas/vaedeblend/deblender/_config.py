@@ -87,6 +87,13 @@ class DeblendConfig(Config):
         default=0.015,
         min=0.0,
     )
+    neighbourError = RangeField(
+        dtype=float,
+        doc="Relative error of the neighbours' models: so much of their light under a source is added to the "
+        "error of its flux, in quadrature.",
+        default=0.03,
+        min=0.0,
+    )
     refinementBatch = RangeField(
         dtype=int,
         doc="Sources that are refined jointly; bounds the memory, about half a megabyte each.",
@@ -94,8 +101,8 @@ class DeblendConfig(Config):
         min=1,
     )
     measureNoiseCorrelation = Field[bool](
-        doc="Measure in each band how the noise of neighbouring pixels correlates, from pixels without sources, "
-        "and count it in significances and errors? Otherwise noise is white.",
+        doc="Measure in each band how the noise of neighbouring pixels correlates, from pixels without "
+        "sources, and count it in significances and errors? Otherwise noise is white.",
         default=True,
     )
     subtractSky = Field[bool](
@@ -136,6 +143,14 @@ class DeblendConfig(Config):
         doc="Relative error of the models. In the search and the trial of new peaks it is added in "
         "quadrature to the noise, so that what is left of a bright galaxy does not pass for sources.",
         default=0.2,
+        min=0.0,
+    )
+    coherentModelError = RangeField(
+        dtype=float,
+        doc="Relative error of the models that neighbouring pixels and bands share, as what the decoder "
+        "cannot draw of a galaxy does. In the search for new peaks it is added in quadrature to the noise of "
+        "the matched filter: a new peak has to stand out from the models' light under it.",
+        default=0.05,
         min=0.0,
     )
     maxNewPeaks = RangeField(dtype=int, doc="Peaks tried at once in one parent.", default=8, min=1)

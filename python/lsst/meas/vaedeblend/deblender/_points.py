@@ -42,9 +42,9 @@ _COLOUR_RANGE = 3.0
 """Width of the prior of the log flux ratios of a star: a star has any colour within some three magnitudes."""
 
 _EQUAL_FLUX, _COUNTS_RATIO = 2.3e4, 0.6
-"""Flux, nJy, at which there are as many stars as galaxies, r = 20.5, and the power of the flux with which their
-ratio grows: counts at high galactic latitude, of slopes near 0.1 and 0.34 per magnitude (Yasuda et al. 2001, AJ
-122, 1104)."""
+"""Flux, nJy, at which there are as many stars as galaxies, r = 20.5, and the power of the flux with which
+their ratio grows: counts at high galactic latitude, of slopes near 0.1 and 0.34 per magnitude (Yasuda et al.
+2001, AJ 122, 1104)."""
 
 
 def choose_points(
@@ -74,7 +74,7 @@ def choose_points(
 
 
 def refit_points(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Fit positions and fluxes of point sources to what others leave of the image; return those that moved."""
+    """Fit positions and fluxes of points to what others leave of the image; return those that moved."""
     r = state.rows
     rows = rows[r.point[rows]]
     if not len(rows):

@@ -21,6 +21,9 @@ from ._state import State
 
 __all__ = ["DeblendResult", "assemble"]
 
+# Part of a source's flux that errors of its neighbours' models may make up before it is flagged.
+_TOO_MUCH = 0.25
+
 # Significance of the pixels that a source without a model from the network takes from the residual.
 _FALLBACK_SIGNIFICANCE = 2.0
 
@@ -64,7 +67,14 @@ def assemble(state: State) -> DeblendResult:
     flags = source_flags(state, rows)
     state.restore_pixel_weights()
     templates = _fall_back(state, rows, flux, error) | _points(state, rows, flux)
-    blendedness, coverage, chi2 = _diagnostics(state, rows, templates)
+    blendedness, coverage, chi2, foreign = _diagnostics(state, rows, templates)
+    # Errors hold for models that fit. Of others they grow by how much these miss (Birge 1932, Physical Review
+    # 40, 207), and what is wrong with neighbours' models is light of theirs under a source.
+    borrowed = np.nan_to_num(state.config.neighbourError * np.abs(foreign * flux))
+    error = np.hypot(error * np.sqrt(np.fmax(chi2, 1.0))[:, None], borrowed)
+    whole = np.nan_to_num(np.abs(flux))
+    taken = (borrowed / r.noise[rows]).sum(axis=1) > _TOO_MUCH * (whole / r.noise[rows]).sum(axis=1)
+    flags["bright_neighbour"] = active & taken
     residual = state.residual if state.sky is None else state.residual + state.sky
     residual = np.where(state.valid, residual, np.float32(0.0))
     sources = SourceModels(
@@ -210,9 +220,13 @@ def _leftovers(state: State, rows: NDArray[np.int64]) -> NDArray[np.float32]:
 
 def _diagnostics(
     state: State, rows: NDArray[np.int64], templates: dict[int, tuple[NDArray, NDArray]]
-) -> tuple[NDArray, NDArray, NDArray]:
-    """Blendedness, data coverage and chi-square of sources, (N,) each; NaN without a model."""
+) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Blendedness, data coverage and chi-square of sources, (N,) each; NaN without a model.
+
+    Last the light of others under them, in units of their own fluxes, (N, B).
+    """
     r = state.rows
+    foreign = np.zeros((len(rows), len(state.metadata.bands)))
     blendedness, coverage, chi2 = np.full((3, len(rows)), np.nan)
     total = state.image - state.residual
     for width, index in r.stamps.by_width(rows):
@@ -224,7 +238,7 @@ def _diagnostics(
             pool = np.concatenate([pool, square(templates[int(index[i])][1], width)[None]])
             slot[i], scale[i] = len(pool) - 1, 1.0
         inverse = r.noise[own].astype(float) ** -2
-        alone, mixed, whole, seen, squares = kernels.diagnostics(
+        alone, mixed, whole, seen, squares, foreign[index] = kernels.diagnostics(
             state.residual, state.weight, state.valid, total, pool, slot, y, x, scale, inverse
         )
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -234,4 +248,4 @@ def _diagnostics(
             coverage[index[there]] = np.nanmean(part[there], axis=1)
             light = seen.sum(axis=1)
             chi2[index] = np.where(light > 0, squares / light, np.nan)
-    return blendedness, coverage, chi2
+    return blendedness, coverage, chi2, foreign

@@ -42,9 +42,10 @@ def _stepwise(factor: NDArray[np.float64]) -> NDArray[np.float64]:
 class State:
     """Where one run of the procedure stands, on one scene whose bands are the network's.
 
-    The residual is the image, without the sky left over, minus the models of all living sources, whatever a method does: sources are
-    killed, given other models or fluxes, and put back by methods that change the residual as well. What it
-    holds in invalid pixels means nothing: all that reads it has weights or masks them.
+    The residual is the image, without the sky left over, minus the models of all living sources, whatever
+    a method does: sources are killed, given other models or fluxes, and put back by methods that change the
+    residual as well. What it holds in invalid pixels means nothing: all that reads it has weights or masks
+    them.
     """
 
     def __init__(self, scene: Scene, network: Network, config: DeblendConfig) -> None:
@@ -334,7 +335,13 @@ class State:
         y, x = max(rows.start - margin, 0), max(columns.start - margin, 0)
         window = (slice(y, rows.stop + margin), slice(x, columns.stop + margin))
         weight = self.softened_weight(window, model_error)
-        return significance_map(self.residual[:, *window], weight, self.detection_sigma), y, x
+        out = significance_map(self.residual[:, *window], weight, self.detection_sigma)
+        if model_error:
+            # What a decoder cannot draw of a galaxy, it misses in many pixels alike.
+            models = self.image[:, *window] - self.residual[:, *window]
+            light = significance_map(models, weight, self.detection_sigma)
+            out /= np.sqrt(1.0 + (self.config.coherentModelError * light) ** 2)
+        return out, y, x
 
     def softened_weight(self, window: tuple[slice, slice], model_error: float) -> NDArray[np.float32]:
         """Inverse variance of the image and of the models by their relative error, 0 in invalid pixels."""

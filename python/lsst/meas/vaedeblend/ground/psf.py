@@ -233,9 +233,9 @@ def _adaptive_moments(stamps: NDArray, max_iterations: int, tolerance: float) ->
 def wings(stamps: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Fit how PSFs fall off at the border of their stamps.
 
-    A stamp ends where its PSF does not: the wings of Moffat's profile follow a power law (Moffat 1969, A&A 3,
-    455), and so do those of what dust and optics scatter, with a flatter one. Means over two rings give level
-    and slope.
+    A stamp ends where its PSF does not: the wings of Moffat's profile follow a power law (Moffat 1969, A&A
+    3, 455), and so do those of what dust and optics scatter, with a flatter one. Means over two rings give
+    level and slope.
 
     Parameters
     ----------
@@ -245,11 +245,11 @@ def wings(stamps: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     Returns
     -------
     level : `numpy.ndarray`, (...)
-        Value at a distance of half of the stamp's smaller side, in the stamps' unit; 0 where the outer ring does
-        not exceed its own scatter, and nothing is known of wings.
+        Value at a distance of half of the stamp's smaller side, in the stamps' unit; 0 where the outer ring
+        does not exceed its own scatter, and nothing is known of wings.
     slope : `numpy.ndarray`, (...)
-        Exponent of the power law with which they fall, between 3 (flatter ones would hold any amount of light)
-        and 8.
+        Exponent of the power law with which they fall, between 3 (flatter ones would hold any amount of
+        light) and 8.
     """
     stamps = np.nan_to_num(np.asarray(stamps, dtype=np.float64))
     h, w = stamps.shape[-2:]

@@ -26,8 +26,9 @@ def joint_fluxes(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Solve for the fluxes of overlapping sources.
 
-    Minimises f^T N f - 2 b^T f + w sum_i N_ii (f_i - p_i)^2, over f >= 0 by default, in each band, N and b being the
-    normal matrix and right-hand side of weighted linear least squares, p the prior and w its weight.
+    Minimises f^T N f - 2 b^T f + w sum_i N_ii (f_i - p_i)^2, over f >= 0 by default, in each band, N and b
+    being the normal matrix and right-hand side of weighted linear least squares, p the prior and w its
+    weight.
 
     Parameters
     ----------

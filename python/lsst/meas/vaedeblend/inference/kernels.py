@@ -327,15 +327,19 @@ def diagnostics(residual, weight, valid, total, pool, slot, y0, x0, scale, inver
         Sums of the model's positive part, over all pixels and over valid ones.
     chi2 : `numpy.ndarray`, (K,)
         Sum of the model's positive part times squared residual over variance.
+    foreign : `numpy.ndarray`, (K, B)
+        Sum of model times all other models over the sum of model^2, both over the variance: the others' light
+        under the source, in units of its own flux; 0 where nothing is seen.
     """
     bands, height, width = residual.shape
     size = pool.shape[2]
     n = len(slot)
     own, mixed, chi2 = np.zeros(n), np.zeros(n), np.zeros(n)
-    whole, seen = np.zeros((n, bands)), np.zeros((n, bands))
+    whole, seen, foreign = np.zeros((n, bands)), np.zeros((n, bands)), np.zeros((n, bands))
     for k in range(n):
         for b in range(bands):
             s = scale[k, b]
+            square, other = 0.0, 0.0
             for j in range(size):
                 y = y0[k] + j
                 for i in range(size):
@@ -350,4 +354,8 @@ def diagnostics(residual, weight, valid, total, pool, slot, y0, x0, scale, inver
                     if valid[b, y, x]:
                         seen[k, b] += positive
                         chi2[k] += positive * residual[b, y, x] ** 2 * weight[b, y, x]
-    return own, mixed, whole, seen, chi2
+                        square += model * model * weight[b, y, x]
+                        other += model * (total[b, y, x] - model) * weight[b, y, x]
+            if square > 0:
+                foreign[k, b] = other / square
+    return own, mixed, whole, seen, chi2, foreign
