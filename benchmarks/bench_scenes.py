@@ -10,7 +10,8 @@ from pathlib import Path
 
 import galsim
 import numpy as np
-from lsst.meas.vaedeblend.evaluation.detection import detection_mask, psf_sigma
+from lsst.meas.vaedeblend.ground.detection import detect
+from lsst.meas.vaedeblend.ground.psf import psf_sigma
 from lsst.meas.vaedeblend.simulation.galaxies import galaxy_profile
 from lsst.meas.vaedeblend.simulation.patch import simulate_patch
 from lsst.meas.vaedeblend.simulation.population import draw_population
@@ -78,7 +79,7 @@ def demonstration(out: Path) -> None:
     bands, rows, columns = patch.psf.shape[:3]
     psf = np.moveaxis(patch.psf, 0, 2).reshape(rows * columns, bands, *patch.psf.shape[3:])
     width = np.median(psf_sigma(patch.psf).reshape(bands, -1), axis=1)
-    detected = detection_mask(patch.image, patch.variance, np.ones(patch.image.shape, bool), width)
+    detected = detect(patch.image, patch.variance, np.ones(patch.image.shape, bool), width).detected
     write(
         out, patch.image, patch.variance, detected.any(axis=0), psf, patch.cell_shape, (rows, columns), None
     )
@@ -134,7 +135,7 @@ def _place(out: Path, pixel: NDArray[np.int64], width: int, rng: np.random.Gener
         detected = np.ones((width, width), bool)
     else:
         valid = np.ones(image.shape, bool)
-        detected = detection_mask(image, variance, valid, psf_sigma(library.psf)).any(axis=0)
+        detected = detect(image, variance, valid, psf_sigma(library.psf)).detected.any(axis=0)
     cells = -(-width // CELL)
     psf = np.tile(library.psf, (cells * cells, 1, 1, 1))
     peaks = pixel + library.offset[chosen]

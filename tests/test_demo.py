@@ -10,8 +10,8 @@ import json
 import numpy as np
 import pytest
 from lsst.meas.vaedeblend.demo import format_table, run_demo
-from lsst.meas.vaedeblend.evaluation.detection import psf_sigma
 from lsst.meas.vaedeblend.evaluation.figures import colour, residual_map
+from lsst.meas.vaedeblend.ground.psf import psf_sigma
 from lsst.meas.vaedeblend.simulation.patch import simulate_patch
 from lsst.meas.vaedeblend.simulation.surveys import get_survey_info
 from matplotlib.image import imread

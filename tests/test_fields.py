@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.evaluation.detection import detection_mask, psf_sigma
 from lsst.meas.vaedeblend.evaluation.fields import FieldFile, evaluate_fields
 from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.network import NetworkError
@@ -130,32 +129,6 @@ def test_other_bands_and_other_files_are_refused(fields, tmp_path):
     np.savez(tmp_path / "field_00.npz", image=np.array([{"pickled": 1}], dtype=object))
     with pytest.raises(ValueError, match="no bands"):
         FieldFile.read(tmp_path / "field_00.npz")
-
-
-def test_psf_sigma():
-    stamps = np.stack([gaussian_psf(s, 31) for s in (1.5, 2.5)])
-    # A pixel adds a twelfth to the variance.
-    np.testing.assert_allclose(psf_sigma(stamps), np.sqrt(np.array([1.5, 2.5]) ** 2 + 1 / 12), rtol=1e-3)
-
-
-def test_detection_threshold_and_growth():
-    image = np.zeros((2, 101, 101))
-    noise = 2.0
-    # The matched filter gives a point source of flux f the significance f / (noise sqrt(4 pi) sigma).
-    sigma = 1.8
-    limit = noise * np.sqrt(4 * np.pi) * sigma
-    image[0] = 1.2 * 5 * limit * gaussian_image((101, 101), 50, 50, sigma)
-    image[1] = 0.8 * 5 * limit * gaussian_image((101, 101), 50, 50, sigma)
-    variance, valid = np.full(image.shape, noise**2), np.ones(image.shape, bool)
-    detected = detection_mask(image, variance, valid, [sigma, sigma])
-    assert detected[0, 50, 50] and not detected[1].any()
-    plain = detection_mask(image, variance, valid, sigma, grow=0.0)
-    grown = np.flatnonzero(detected[0, 50])
-    assert grown[0] == np.flatnonzero(plain[0, 50])[0] - int(2.4 * sigma)
-    # False detections are rare: noise alone exceeds 5 sigma hardly ever.
-    image = np.random.default_rng(1).normal(0, noise, (1, 300, 300))
-    ones = np.ones(image.shape, bool)
-    assert detection_mask(image, np.full(image.shape, noise**2), ones, sigma).sum() == 0
 
 
 def test_the_exams_score(shared, tmp_path):

@@ -15,6 +15,7 @@ from lsst.meas.vaedeblend.ground.psf import (
     gaussian_psf,
     kolmogorov_psf,
     matching_kernel_ft,
+    psf_sigma,
 )
 
 
@@ -155,3 +156,9 @@ def test_shapes_that_do_not_agree_are_refused():
         convolve_to_observed(np.zeros((2, 1, 64, 64)), kernel[None])
     with pytest.raises(ValueError, match="or an index"):
         convolve_to_observed(np.zeros((2, 1, 32, 32)), np.stack([kernel[None]] * 3))
+
+
+def test_width_of_a_psf():
+    stamps = np.stack([gaussian_psf(s, 31) for s in (1.5, 2.5)])
+    # A pixel adds a twelfth to the variance.
+    np.testing.assert_allclose(psf_sigma(stamps), np.sqrt(np.array([1.5, 2.5]) ** 2 + 1 / 12), rtol=1e-3)

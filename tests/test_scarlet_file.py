@@ -97,6 +97,7 @@ def source_models(images, ids, parents, peaks, errors, bands, origin=(3000, 9900
         blendedness=nothing,
         data_coverage=nothing,
         chi2=nothing,
+        point_probability=nothing,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .catalog import object_table
     from .deblender import DeblendConfig, DeblendResult, deblend
+    from .ground.detection import detect
     from .network import load_network
     from .redistribution import redistribute
     from .scene import Parent, PsfGrid, Scene, find_parents
@@ -28,6 +29,7 @@ __all__ = [
     "Scene",
     "__version__",
     "deblend",
+    "detect",
     "find_parents",
     "load_network",
     "object_table",
@@ -41,6 +43,7 @@ _HOMES = {
     "PsfGrid": "scene",
     "Scene": "scene",
     "deblend": "deblender",
+    "detect": "ground.detection",
     "find_parents": "scene",
     "load_network": "network",
     "object_table": "catalog",

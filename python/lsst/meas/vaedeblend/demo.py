@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from .adapters.butler_repo import CoaddRepository, PatchLayout, run_pipetask
 from .adapters.cell_coadd import scene_from_cell_coadds
-from .evaluation.detection import detection_mask, psf_sigma
 from .evaluation.figures import colour, new_figure, residual_map, show_colour, show_sigma
 from .evaluation.metrics import MATCH_RADIUS, SNR_LIMIT, match, run_seconds
 from .ground.bands import reference_band
 from .ground.cutouts import cut_out
+from .ground.detection import detect
+from .ground.psf import psf_sigma
 from .ground.statistics import nmad
 from .network import load_network
 from .rendering import render
@@ -104,7 +105,7 @@ def run_demo(
     valid = np.ones(patch.image.shape, bool)
     # One filter serves the whole patch: a matched filter is not sensitive to a few percent of its width.
     width = np.median(psf_sigma(patch.psf).reshape(len(bands), -1), axis=1)
-    detected = detection_mask(patch.image, patch.variance, valid, width)
+    detected = detect(patch.image, patch.variance, valid, width).detected
 
     layout = PatchLayout(2000, 3000, cells, patch.cell_shape)
     repository = CoaddRepository(root, bands, {_PATCH: layout}, patch.pixel_scale)

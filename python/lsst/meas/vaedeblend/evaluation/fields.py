@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from ..adapters.footprints import parents_from_peaks
 from ..deblender import DeblendConfig, deblend
 from ..ground.bands import reference_band
-from ..ground.psf import FWHM_PER_SIGMA
+from ..ground.detection import detect as detect_sources
+from ..ground.psf import FWHM_PER_SIGMA, psf_sigma
 from ..ground.statistics import stamp_snr
 from ..network import Network, load_network
 from ..scene import PsfGrid, Scene, find_parents
 from ..sources import SourceModels
 from .coverage import flux_inside, shape_inside
-from .detection import detection_mask, psf_sigma
 from .metrics import MATCH_RADIUS, SNR_LIMIT, match
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.evaluation.fields")
@@ -81,7 +81,7 @@ class FieldFile:
         return cls(**values)
 
     def scene(self, pixel_scale: float, detect: bool) -> Scene:
-        """Make a scene: one parent per connected region of a simple detection.
+        """Make a scene: one parent per connected region of our own detection.
 
         Parameters
         ----------
@@ -96,7 +96,8 @@ class FieldFile:
             With given centres every centre is a peak of some parent, whether it is detected or not.
         """
         valid = np.isfinite(self.image) & (self.variance > 0)
-        detected = detection_mask(self.image, self.variance, valid, psf_sigma(self.psf)).any(axis=0)
+        found = detect_sources(self.image, self.variance, valid, psf_sigma(self.psf))
+        detected = found.detected.any(axis=0)
         if detect:
             parents = find_parents(detected)
         else:

@@ -28,6 +28,7 @@ __all__ = [
     "matching_kernel_ft",
     "moments_sigma",
     "wings",
+    "psf_sigma",
 ]
 
 FWHM_PER_SIGMA = 2.0 * np.sqrt(2.0 * np.log(2.0))
@@ -236,6 +237,8 @@ def wings(stamps: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     A stamp ends where its PSF does not: the wings of Moffat's profile follow a power law (Moffat 1969, A&A
     3, 455), and so do those of what dust and optics scatter, with a flatter one. Means over two rings give
     level and slope.
+def psf_sigma(stamps: ArrayLike) -> NDArray[np.float64]:
+    """Return the width of PSFs, the fourth root of the determinant of their adaptive moments, pixel.
 
     Parameters
     ----------
@@ -270,6 +273,13 @@ def wings(stamps: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     known &= slope <= 8.0
     slope = np.clip(slope, 3.0, 8.0)
     return np.where(known, far * (reach / r_far) ** -slope, 0.0), slope
+        PSF images.
+
+    Returns
+    -------
+    sigma : `numpy.ndarray`, (...)
+    """
+    return moments_sigma(adaptive_moments(stamps))
 
 
 def fft_size(cutout_size: int, stamp_size: int) -> int:

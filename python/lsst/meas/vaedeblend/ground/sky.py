@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SKY_PRIOR", "SKY_WIDTH", "local_sky"]
+__all__ = ["BIN", "SKY_PRIOR", "SKY_WIDTH", "binned", "local_sky"]
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +19,7 @@ SKY_PRIOR = 0.1
 """How large a sky to expect, in standard deviations of a pixel's noise."""
 
 # Means are taken of squares of so many pixels first: a sky varies little over a few pixels.
-_BIN = 4
+BIN = 4
 # First wide enough for a sky of some standard deviations, then as narrow as leaves noise nearly whole.
 _CLIPS = (5.0, 3.0, 3.0)
 
@@ -74,30 +74,30 @@ def local_sky(
     image, weight = np.asarray(image, np.float32), np.asarray(weight, np.float32)
     if image.ndim != 3 or weight.shape != image.shape:
         raise ValueError(f"Image and weight should be (B, H, W), they are {image.shape} and {weight.shape}.")
-    if width < 2 * _BIN or not prior > 0:
-        raise ValueError(f"A sky needs a width of {2 * _BIN} or more and a prior, not {width} and {prior}.")
+    if width < 2 * BIN or not prior > 0:
+        raise ValueError(f"A sky needs a width of {2 * BIN} or more and a prior, not {width} and {prior}.")
     free = np.broadcast_to(np.asarray(free, bool), image.shape)
     factor = np.broadcast_to(np.asarray(factor, float), len(image)).astype(np.float32)
-    half = max(round(width / (2 * _BIN)), 1)
+    half = max(round(width / (2 * BIN)), 1)
     kernel = (half - np.abs(np.arange(1 - half, half))).astype(np.float32) / half**2
     # Sum of the squares of the window's values in pixels.
-    square = np.float32(((kernel.astype(float) ** 2).sum() / _BIN) ** 2)
+    square = np.float32(((kernel.astype(float) ** 2).sum() / BIN) ** 2)
     sky, error = np.empty_like(image), np.empty_like(image)
     # Band by band: a whole patch has ten million pixels in each.
     for b in range(len(image)):
         valid = (weight[b] > 0) & np.isfinite(image[b]) & np.isfinite(weight[b])
         x, w = np.where(valid, image[b], np.float32(0)), np.where(valid, weight[b], np.float32(0))
         deviation = np.sqrt(w)
-        sum_w = coarse = smooth(_binned(np.zeros_like(w)), kernel)
+        sum_w = coarse = smooth(binned(np.zeros_like(w)), kernel)
         for clip in _CLIPS:
-            here = coarse.repeat(_BIN, 0).repeat(_BIN, 1)[: x.shape[0], : x.shape[1]]
+            here = coarse.repeat(BIN, 0).repeat(BIN, 1)[: x.shape[0], : x.shape[1]]
             used = np.where(free[b] & (np.abs(x - here) * deviation < clip), w, np.float32(0))
-            sum_w = smooth(_binned(used), kernel)
+            sum_w = smooth(binned(used), kernel)
             used *= x
-            total = smooth(_binned(used), kernel)
+            total = smooth(binned(used), kernel)
             coarse = np.divide(total, sum_w, out=np.zeros_like(total), where=sum_w > 0)
-        seen = smooth(_binned(valid.astype(np.float32)), kernel)
-        mean_w = np.divide(smooth(_binned(w), kernel), seen, out=np.zeros_like(seen), where=seen > 0)
+        seen = smooth(binned(valid.astype(np.float32)), kernel)
+        mean_w = np.divide(smooth(binned(w), kernel), seen, out=np.zeros_like(seen), where=seen > 0)
         # Precisions of the measurement and of the prior; where there is no valid pixel there is nothing.
         measured, expected = sum_w / (factor[b] * square), mean_w / np.float32(prior**2)
         both = np.where(seen > 0, measured + expected, np.float32(np.inf))
@@ -106,15 +106,15 @@ def local_sky(
     return sky, error
 
 
-def _binned(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over squares of `_BIN` pixels, those beyond the border 0."""
-    height, width = (-(-size // _BIN) for size in image.shape)
-    missing = [(0, n * _BIN - size) for n, size in zip((height, width), image.shape, strict=True)]
+def binned(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean over squares of `BIN` pixels, those beyond the border 0."""
+    height, width = (-(-size // BIN) for size in image.shape)
+    missing = [(0, n * BIN - size) for n, size in zip((height, width), image.shape, strict=True)]
     padded = np.pad(image, missing) if any(after for _, after in missing) else image
-    return padded.reshape(height, _BIN, width, _BIN).mean(axis=(1, 3))
+    return padded.reshape(height, BIN, width, BIN).mean(axis=(1, 3))
 
 
 def _fine(image: NDArray[np.floating], shape: tuple[int, ...]) -> NDArray[np.floating]:
     """Interpolate linearly from squares to pixels, (H, W)."""
-    fine = ndimage.zoom(image, _BIN, order=1, mode="nearest", grid_mode=True)
+    fine = ndimage.zoom(image, BIN, order=1, mode="nearest", grid_mode=True)
     return fine[: shape[0], : shape[1]]
