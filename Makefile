@@ -1,10 +1,11 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-# The first three commands set up what they need on a fresh machine, in a virtual environment of their own:
+# The first four commands set up what they need on a fresh machine, in a virtual environment of their own:
 #   make demo    simulate a patch, deblend it under pipetask, draw it
 #   make test    check style and types, and run every test that needs no LSST stack
 #   make bench   measure speed, memory and accuracy; AGAINST=DIRECTORY compares with another checkout
+#   make docs    build the documentation, build/docs/index.html
 # The last runs in an LSST stack that has been set up, or that sourcing STACK_ENV sets up:
 #   make stack-test    run the tests that need it
 
@@ -15,7 +16,7 @@ DEMO ?= demo
 # Many small arrays: threads of one process would only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test bench stack-test clean
+.PHONY: demo test bench docs stack-test clean
 
 demo: $(VENV)/.runtime
 	$(VENV)/bin/vaedeblend demo --overwrite $(DEMO)
@@ -34,6 +35,9 @@ bench: $(VENV)/.runtime
 	$(BENCH) crowded --sizes 10,30,100,300 $(VERSUS) $(if $(AGAINST),--against-most 100)
 	$(BENCH) accuracy --fields 4 $(VERSUS)
 
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html doc build/docs
+
 STACK_ENV ?= /dev/null
 
 stack-test:
@@ -50,5 +54,9 @@ $(VENV)/.test: $(VENV)/.runtime
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.runtime
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) build doc/api

@@ -13,7 +13,7 @@ from lsst.meas.vaedeblend.evaluation.metrics import match, shear_bias
 from lsst.meas.vaedeblend.evaluation.paper_sample import SampleMaker
 from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.inference import Grids
-from lsst.meas.vaedeblend.network import load_network, shipped_networks
+from lsst.meas.vaedeblend.network import Network, load_network, shipped_networks
 from lsst.meas.vaedeblend.rendering import Renderer, square
 from lsst.meas.vaedeblend.scene import Parent, PsfGrid
 from lsst.meas.vaedeblend.simulation.config import TrainingConfig, load_config
@@ -30,7 +30,7 @@ def test_the_first_networks_ship():
 @pytest.mark.parametrize("name", shipped_networks())
 def test_files_are_documented_and_of_bounded_size(name):
     card = (DIRECTORY / f"{name}.md").read_text()
-    metadata = load_network(name, threads=1).metadata
+    metadata = Network.load(name, threads=1).metadata
     assert metadata.training["config_sha256"] in card
     assert metadata.figures_of_merit["command"].splitlines()[0] in card
     for key, value in metadata.figures_of_merit.items():

@@ -117,5 +117,19 @@ def test_pipeline_is_found(monkeypatch, tmp_path):
 
 
 def test_a_failing_pipetask_raises_with_its_log(tmp_path):
-    with pytest.raises(PipetaskError, match="exit status"):
-        run_pipetask(tmp_path / "nothing", "out")
+    with pytest.raises(PipetaskError, match=r"exit status 1:\n.*Error.*nothing") as caught:
+        run_pipetask(tmp_path / "nothing", "out", log=tmp_path / "log")
+    # The message has the cause, the log its traceback.
+    assert "Traceback" not in str(caught.value)
+    assert "Traceback" in caught.value.log and (tmp_path / "log").read_text() == caught.value.log
+
+
+def test_a_failing_quantum_says_why():
+    log = """x ERROR: Execution of task 'vaeDeblend' on quantum {} failed. Exception NetworkError: pixels.
+Traceback (most recent call last):
+  File "somewhere.py", line 1, in somewhere
+lsst.meas.vaedeblend.network._metadata.NetworkError: pixels.
+lsst.pipe.base.mp_graph_executor.MPGraphExecutorError: One or more tasks failed during execution.
+"""
+    assert str(PipetaskError(1, log)).endswith("exit status 1:\nNetworkError: pixels.")
+    assert str(PipetaskError(9, "killed\n")).endswith("exit status 9:\nkilled")

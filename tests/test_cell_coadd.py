@@ -151,6 +151,14 @@ def test_a_coadd_without_the_plane_of_detection_is_warned_about(repository, capl
     assert "band i have no mask plane FOUND" in caplog.text
 
 
+def test_coadds_that_all_lack_it_are_refused_without_peaks(repository):
+    coadds = make_coadds(repository)
+    with pytest.raises(ValueError, match="No coadd has the mask plane FOUND.*or give peaks"):
+        scene_from_cell_coadds(coadds, detected_plane="FOUND")
+    peaks = Table({"x": [220.0], "y": [115.0]})
+    assert len(scene_from_cell_coadds(coadds, detected_plane="FOUND", peaks=peaks).parents) == 1
+
+
 def test_without_a_detection_plane_there_are_no_parents(repository):
     coadds = make_coadds(repository, planes={"DETECTED": np.ones(SHAPE, bool)})
     assert len(scene_from_cell_coadds(coadds).parents) == 1

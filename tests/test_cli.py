@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from lsst.meas.vaedeblend.cli import main
+from lsst.meas.vaedeblend.cli import _recipe, main
 from lsst.meas.vaedeblend.network import NetworkError, _files, read_metadata
+from lsst.meas.vaedeblend.simulation.config import TrainingConfig
 from synthetic import write_tampered
 from test_fields import FLUX, X, Y, write_field
 
@@ -88,7 +90,10 @@ def test_settings_of_the_procedure(runner, network_path, tmp_path):
     result = runner.invoke(main, [*command, "no_such=1"])
     assert result.exit_code == 1 and "'no_such'" in result.output and "refinementSteps" in result.output
     result = runner.invoke(main, [*command, "refinementSteps=-1"])
-    assert result.exit_code == 1 and "refinementSteps" in result.output
+    assert result.exit_code == 1 and "out of range" in result.output or "valid range" in result.output
+    for wrong in ("x", "", "("):
+        result = runner.invoke(main, [*command, f"refinementSteps={wrong}"])
+        assert result.exit_code == 1 and f"{wrong!r} is no value" in result.output
 
 
 def test_evaluate_fields(runner, network_path, tmp_path):
@@ -103,6 +108,106 @@ def test_evaluate_fields(runner, network_path, tmp_path):
     assert printed == {k: v for k, v in summary.items() if k != "fields"}
     with np.load(out / "field_00.npz") as data:
         assert set(data.files) == {"model", "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cells", "0", "0"], "0 is not in the range x>=1"),
+        (["--galaxies", "0"], "0 is not in the range x>=1"),
+        (["--network", "hsc_grizy", "--survey", "LSST"], "0.168 arcsec wide, the data's 0.2 arcsec"),
+        (["--survey", "DES"], "Unknown survey 'DES'; known are Euclid_NISP, Euclid_VIS, HSC, LSST"),
+        (["--network", "arcelin2020_lsst_prior"], "The deblender that belongs to it is arcelin2020_lsst."),
+    ],
+)
+def test_a_demonstration_that_cannot_be(runner, tmp_path, arguments, message):
+    result = runner.invoke(main, ["demo", str(tmp_path / "out"), *arguments])
+    assert result.exit_code in (1, 2) and message in result.output
+    assert isinstance(result.exception, SystemExit) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("torch", "train"), ("galsim", "evaluate"), ("onnxruntime", "cpu")]
+)
+def test_what_is_not_installed_is_named_with_its_extra(tmp_path, module, extra):
+    commands = {
+        "torch": ["train", "config.py", ".", "run"],
+        "galsim": ["demo", "out"],
+        "onnxruntime": ["info"],
+    }
+    (tmp_path / "config.py").write_text("")
+    script = f"""
+import sys
+sys.modules[{module!r}] = None
+from lsst.meas.vaedeblend.cli import main
+main({commands[module]!r})
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert process.returncode == 1
+    assert process.stderr == f"Error: {module} is not installed: pip install 'meas_vaedeblend[{extra}]'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\nconfig.nonsense = 1\n", r"bad.py, line 2: AttributeError: .* has no attribute nonsense"),
+        ("config.survey = (\n", r"bad.py: SyntaxError: '\(' was never closed"),
+        ("import no_such_module\n", r"bad.py, line 1: ModuleNotFoundError"),
+        ("config.prior.samples = 'many'\n", r"bad.py, line 1: FieldValidationError"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_named_with_the_line(runner, tmp_path, text, message):
+    (tmp_path / "bad.py").write_text(text)
+    result = runner.invoke(main, ["simulate", str(tmp_path / "bad.py"), str(tmp_path / "data")])
+    assert result.exit_code == 1 and re.search(message, result.output), result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_first_weights_are_looked_for_before_the_first_step(runner, tmp_path, monkeypatch):
+    from lsst.meas.vaedeblend.training import fit
+
+    called = []
+    monkeypatch.setattr(fit, "fit_step", lambda *args, **keywords: called.append(args))
+    (tmp_path / "config.py").write_text("")
+    arguments = ["train", str(tmp_path / "config.py"), str(tmp_path), str(tmp_path / "run"), "--initial"]
+    result = runner.invoke(main, [*arguments, "nowhere.ckpt"])
+    assert result.exit_code == 1 and "No network 'nowhere.ckpt'" in result.output and not called
+    (tmp_path / "weights.ckpt").write_bytes(b"0")
+    assert runner.invoke(main, [*arguments, str(tmp_path / "weights.ckpt")]).exit_code == 0
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize(
+    ("bases", "step", "options"),
+    [
+        ((None, None), "deblender", ""),
+        (("", "x"), "deblender", " --step deblender --initial WEIGHTS_OF_x"),
+        (("a", "b"), "deblender", " --initial-prior WEIGHTS_OF_a --initial WEIGHTS_OF_b"),
+        (("", "x"), "prior", " --step prior"),
+    ],
+)
+def test_the_card_says_whose_weights_a_network_started_from(bases, step, options):
+    config = TrainingConfig()
+    config.prior.base, config.deblender.base = bases
+    lines = _recipe("n.py", config, step).splitlines()
+    assert lines[1] == f"vaedeblend train config/training/n.py DATA RUN{options}"
+    assert lines[2].endswith("OUT --step prior" if step == "prior" else "OUT")
+
+
+def test_errors_of_lightning_are_one_line(runner, tmp_path, monkeypatch):
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lsst.meas.vaedeblend.training import fit
+
+    def fail(*args, **keywords):
+        raise MisconfigurationException("No supported gpu backend found!")
+
+    monkeypatch.setattr(fit, "fit_step", fail)
+    (tmp_path / "config.py").write_text("")
+    arguments = ["train", str(tmp_path / "config.py"), str(tmp_path), str(tmp_path / "run")]
+    result = runner.invoke(main, [*arguments, "--accelerator", "gpu"])
+    assert result.exit_code == 1 and result.output == "Error: No supported gpu backend found!\n"
 
 
 def test_errors_are_one_line(runner, tmp_path, network_path):

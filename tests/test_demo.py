@@ -9,8 +9,14 @@ import json
 
 import numpy as np
 import pytest
-from lsst.meas.vaedeblend.demo import format_table, run_demo
-from lsst.meas.vaedeblend.evaluation.figures import colour, residual_map
+from lsst.meas.vaedeblend.demo import _magnitude, _Marks, format_table, run_demo
+from lsst.meas.vaedeblend.evaluation.figures import (
+    colour,
+    colour_key,
+    new_figure,
+    residual_map,
+    scale_bar,
+)
 from lsst.meas.vaedeblend.ground.psf import psf_sigma
 from lsst.meas.vaedeblend.simulation.patch import simulate_patch
 from lsst.meas.vaedeblend.simulation.surveys import get_survey_info
@@ -29,6 +35,12 @@ def test_patch_is_the_same_for_the_same_seed(patch):
     again, other = simulate_patch(5, **SMALL), simulate_patch(6, **SMALL)
     np.testing.assert_array_equal(patch.image, again.image)
     assert np.abs(patch.image - other.image).max() > 1
+
+
+def test_a_patch_without_anything_is_refused():
+    for wrong, message in (({"n_galaxies": 0}, "one galaxy"), ({"cells": (0, 1)}, "no place for galaxies")):
+        with pytest.raises(ValueError, match=message):
+            simulate_patch(5, **{**SMALL, **wrong})
 
 
 def test_patch_has_a_psf_of_its_own_in_every_cell_and_band(patch):
@@ -127,6 +139,32 @@ def test_demo_figure(demo):
     assert (picture.min(axis=2) < 0.9).mean() > 0.2
     # The residual's panel is nearly white; the sky of the other panels is dark.
     assert (picture.max(axis=2) < 0.5).mean() > 0.1
+
+
+def test_marks_are_counted_where_they_are_explained():
+    axes = new_figure(4, 4).subplots()
+    objects = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    marks = _Marks(objects, np.array([True, True, False]), objects + 0.5, np.array([True, False, False]))
+    marks.plot(axes)
+    shown = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert shown == {
+        "1 true galaxies with S/N > 10, found": [[1.5, 2.5]],
+        "2 true galaxies with S/N > 10, missed": [[3.5, 4.5], [5.5, 6.5]],
+        "2 objects that match a true galaxy": [[1.0, 2.0], [3.0, 4.0]],
+        "1 objects that match none": [[5.0, 6.0]],
+    }
+
+
+def test_pictures_say_their_colours_scale_and_magnitudes():
+    assert colour_key("ugrizy") == "red i, green r, blue g"
+    assert colour_key(("u", "z")) == "red z, green u, blue u"
+    axes = new_figure(4, 4).subplots()
+    axes.set(xlim=(0, 100), ylim=(0, 100))
+    scale_bar(axes, 5.0, 0.2)
+    (line,) = axes.lines
+    assert np.ptp(line.get_xdata()) == pytest.approx(25) and axes.texts[0].get_text() == '5"'
+    # 3631 Jy is magnitude zero, so that 3.631 uJy is 22.5.
+    assert _magnitude(3631.0, "r") == "r = 22.50" and _magnitude(-3.0, "g") == "-3 nJy in g"
 
 
 def test_demo_again(demo, network_path):

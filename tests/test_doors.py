@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import threading
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from lsst.meas.vaedeblend.adapters.mask_planes import BAD_PLANES
 from lsst.meas.vaedeblend.catalog import models_table, object_table, parent_table
 from lsst.meas.vaedeblend.scene import PsfGrid, Scene, find_parents
 from lsst.meas.vaedeblend.tasks import VaeDeblendConfig
-from lsst.meas.vaedeblend.tasks.common import DeblendTaskConfig, deblend_patch
+from lsst.meas.vaedeblend.tasks.common import DeblendTaskConfig, _signs_of_life, deblend_patch
 from lsst.pipe.base import TaskMetadata
 from synthetic import make_scene
 
@@ -117,6 +119,15 @@ def test_cell_coadds_and_arrays_give_the_same_catalogue(simulated, coadds, netwo
     assert len(parents) == 4 and skipped.any() == bool(limits)
     assert not set(parents["id"][skipped]) & set(objects["parent"])
     assert np.asarray(objects["deblend_flag_masked_centre"]).sum() == (1 if given or not limits else 0)
+
+
+def test_long_patches_show_signs_of_life(caplog):
+    seen, log = threading.Event(), logging.getLogger("lsst.test_signs_of_life")
+    log.addFilter(lambda record: seen.set() or True)
+    with caplog.at_level("INFO"), _signs_of_life(log, "Deblending 3 parents", interval=0.001):
+        assert seen.wait(30)
+    assert re.search(r"Deblending 3 parents: \d+ s so far", caplog.text)
+    assert not [thread for thread in threading.enumerate() if "report" in thread.name]
 
 
 def test_what_is_common_is_in_one_class():

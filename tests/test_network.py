@@ -392,3 +392,12 @@ def test_importing_the_runtime_needs_neither_torch_nor_galsim_nor_onnx():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_prior_is_no_deblender(tmp_path):
+    training = {"samples": {"prior": 9}}
+    path = synthetic.write_network(tmp_path, synthetic.metadata(name="n_prior", training=training))
+    with pytest.raises(NetworkError, match="n_prior is a prior.*belongs to it is n.$"):
+        load_network(path)
+    # Comparisons read it all the same.
+    assert Network.load(path).metadata.name == "n_prior"

@@ -13,7 +13,7 @@ from lsst.meas.vaedeblend.simulation.banks import draw_sources
 from lsst.meas.vaedeblend.simulation.config import PopulationConfig, SceneConfig
 from lsst.meas.vaedeblend.simulation.galaxies import MODEL_SIGMA, GalaxyBank, galaxy_profile, render_bank
 from lsst.meas.vaedeblend.simulation.scenes import PsfBank, SceneComposer, quarter_turn, turn_offset
-from lsst.meas.vaedeblend.simulation.surveys import get_survey_info
+from lsst.meas.vaedeblend.simulation.surveys import get_survey_info, survey_of
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,12 @@ def test_unknown_survey_and_band_are_refused():
         get_survey_info("LSSTT")
     with pytest.raises(ValueError, match="no band q"):
         get_survey_info("LSST", ("q",))
+
+
+def test_the_survey_of_bands_and_pixels():
+    assert survey_of("ugrizy", 0.2) == "LSST" and survey_of(("g", "r"), 0.168) == "HSC"
+    with pytest.raises(ValueError, match=r"bands u, g in pixels of 0.168"):
+        survey_of("ug", 0.168)
 
 
 def test_population_follows_its_number_counts(lsst):

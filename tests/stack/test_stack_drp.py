@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lsst.pex.config import FieldValidationError
 from lsst.pipe.base import LabelSpecifier, Pipeline
 
 pytestmark = pytest.mark.stack
@@ -56,14 +57,14 @@ def directories():
 
 
 def usable(pipeline: Pipeline) -> set[str]:
-    """Labels of the tasks that can be configured: an environment may lack some of DRP's packages, or have one
-    that is of another week than ``drp_pipe`` and does not know a field.
+    """Labels of the tasks that can be configured: an environment may lack packages or plugins of DRP, or
+    have one that is of another week than ``drp_pipe`` and does not know a field.
     """
     found = set()
     for label in pipeline.task_labels:
         try:
             pipeline.subsetFromLabels(LabelSpecifier(labels={label})).to_graph()
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError, FieldValidationError):
             continue
         found.add(label)
     return found

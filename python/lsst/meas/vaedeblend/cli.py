@@ -16,9 +16,18 @@ import click
 
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 _OUTPUT = click.Path(file_okay=False, path_type=Path)
+_COUNT = click.IntRange(min=1)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands whose errors, from imports on, go through `_failures`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _failures():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="meas_vaedeblend")
 @click.option("-v", "--verbose", is_flag=True, help="Log more, and show where errors come from.")
 def main(verbose: bool) -> None:
@@ -64,15 +73,25 @@ def info() -> None:
 @main.command()
 @click.argument("out", type=_OUTPUT)
 @click.option("--network", default="lsst_ugrizy", show_default=True, help="Name or path of the network.")
-@click.option("--survey", default="LSST", show_default=True, help="Survey to simulate.")
+@click.option("--survey", help="Survey to simulate; by default the one that the network was trained for.")
 @click.option("--seed", default=1, show_default=True, help="Seed of the simulation.")
-@click.option("--galaxies", default=150, show_default=True, help="Number of galaxies.")
+@click.option("--galaxies", type=_COUNT, default=150, show_default=True, help="Number of galaxies.")
 @click.option(
-    "--cells", type=(int, int), default=(4, 4), show_default=True, help="Number of cells along y and x."
+    "--cells",
+    type=(_COUNT, _COUNT),
+    default=(4, 4),
+    show_default=True,
+    help="Number of cells along y and x.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the repository of an earlier demonstration.")
 def demo(
-    out: Path, network: str, survey: str, seed: int, galaxies: int, cells: tuple[int, int], overwrite: bool
+    out: Path,
+    network: str,
+    survey: str | None,
+    seed: int,
+    galaxies: int,
+    cells: tuple[int, int],
+    overwrite: bool,
 ) -> None:
     """Simulate a patch, run `pipetask run` on it, compare with the truth, and draw a figure in OUT."""
     from .demo import format_table, run_demo
@@ -139,6 +158,7 @@ def train(
     A deblender that is trained alone from other weights (transfer learning) needs no prior: it keeps the
     decoder found there.
     """
+    from .network import resolve
     from .simulation.config import load_config
     from .training.fit import fit_step
 
@@ -151,7 +171,11 @@ def train(
     )
     with _failures():
         settings = load_config(config)
-        for name, start in (("prior", initial_prior), ("deblender", initial)):
+        starts = (("prior", initial_prior), ("deblender", initial))
+        for _, start in starts:
+            if start is not None:
+                resolve(start)  # what is missing is better known before the first step than after it
+        for name, start in starts:
             if step in (None, name):
                 checkpoint = fit_step(settings, name, data, run, initial=start, **options)
     click.echo(f"Checkpoint: {checkpoint}")
@@ -174,15 +198,9 @@ def export(config: Path, data: Path, run: Path, out: Path, step: str) -> None:
     from .simulation.config import load_config
     from .training.export import export_network
 
-    # The card names the commands with their files' names, not with where they happened to lie.
-    name = f"config/training/{config.name}"
-    option = "" if step == "deblender" else f" --step {step}"
-    command = "\n".join(
-        f"vaedeblend {line}"
-        for line in (f"simulate {name} DATA", f"train {name} DATA RUN", f"export {name} DATA RUN OUT{option}")
-    )
     with _failures():
-        path = export_network(load_config(config), data, run, out, command, step)
+        settings = load_config(config)
+        path = export_network(settings, data, run, out, _recipe(config.name, settings, step), step)
     click.echo(f"Network: {path}")
 
 
@@ -196,7 +214,13 @@ def evaluate() -> None:
 @click.argument("out", type=_OUTPUT)
 @click.option("--detect", is_flag=True, help="Find the peaks, instead of starting from the true centres.")
 @click.option("--network", default="lsst_ugrizy", show_default=True, help="Name or path of the network.")
-@click.option("--threads", default=1, show_default=True, help="Threads of onnxruntime; 0: all.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Threads of onnxruntime; 0: all.",
+)
 @click.option("-c", "--config", multiple=True, help="Setting of the procedure, as in -c refinementSteps=0.")
 def fields(
     directory: Path, out: Path, detect: bool, network: str, threads: int, config: tuple[str, ...]
@@ -213,7 +237,11 @@ def fields(
             name, _, value = item.partition("=")
             if name not in settings.keys():
                 raise ValueError(f"There is no setting {name!r}; there are {', '.join(settings.keys())}.")
-            settings.update(**{name: ast.literal_eval(value)})
+            try:
+                parsed = ast.literal_eval(value)
+            except (SyntaxError, ValueError) as error:
+                raise ValueError(f"-c {item}: {value!r} is no value; a right form is -c {name}=0.") from error
+            settings.update(**{name: parsed})
         settings.validate()
         summary = evaluate_fields(
             directory, out, network=network, detect=detect, threads=threads, config=settings
@@ -293,6 +321,27 @@ def paper(
     click.echo(f"Report: {out / 'paper.html'}")
 
 
+def _recipe(file: str, settings: Any, step: str) -> str:
+    """The commands that make a network, for its card.
+
+    Files are named as they are in the repository, not where they happened to lie; whose weights a step
+    started from is in the configuration.
+    """
+    name = f"config/training/{file}"
+    prior, deblender = settings.prior.base, settings.deblender.base
+    # A deblender from other weights, whose prior is from none, has kept the decoder that came with them.
+    alone = "prior" if step == "prior" else "deblender" if deblender and not prior else None
+    options = f" --step {alone}" if alone else ""
+    if prior:
+        options += f" --initial-prior WEIGHTS_OF_{prior}"
+    if deblender and step == "deblender":
+        options += f" --initial WEIGHTS_OF_{deblender}"
+    of = "" if step == "deblender" else f" --step {step}"
+    return f"""vaedeblend simulate {name} DATA
+vaedeblend train {name} DATA RUN{options}
+vaedeblend export {name} DATA RUN OUT{of}"""
+
+
 def _echo(summary: dict, skip: str) -> None:
     """Print a summary but for its longest entry."""
     click.echo(json.dumps({key: value for key, value in summary.items() if key != skip}, indent=1))
@@ -307,8 +356,28 @@ class _failures:
     def __exit__(self, kind, error, traceback) -> None:
         from .network import NetworkError
 
-        # PipetaskError is recognised by its name: importing it would import the Butler.
-        known = isinstance(error, NetworkError | OSError | ValueError)
-        known |= kind is not None and kind.__name__ == "PipetaskError"
-        if known and not logging.getLogger("lsst.meas.vaedeblend").isEnabledFor(logging.DEBUG):
+        if error is None or logging.getLogger("lsst.meas.vaedeblend").isEnabledFor(logging.DEBUG):
+            return
+        # Those of other packages are recognised by their names: importing them would import the packages.
+        by_name = {"PipetaskError", "MisconfigurationException"}
+        if isinstance(error, ModuleNotFoundError):
+            raise click.ClickException(_not_installed(error)) from error
+        if isinstance(error, NetworkError | OSError | ValueError) or kind.__name__ in by_name:
             raise click.ClickException(str(error)) from error
+
+
+def _not_installed(error: ModuleNotFoundError) -> str:
+    """Say which extra of the package brings a module that is missing."""
+    import re
+    from importlib.metadata import PackageNotFoundError, requires
+
+    module = (error.name or "").partition(".")[0]
+    try:
+        requirements = requires("meas_vaedeblend") or []
+    except PackageNotFoundError:  # a stack, which has no extras
+        requirements = []
+    for line in requirements:
+        extra = re.search(r"extra == ['\"](\w+)", line)
+        if extra and re.split(r"[^\w-]", line)[0].replace("-", "_") == module:
+            return f"{module} is not installed: pip install 'meas_vaedeblend[{extra[1]}]'"
+    return str(error)

@@ -51,7 +51,7 @@ class PosteriorConfig(Config):
     """Configuration of both plugins."""
 
     unreliableFlags = ListField[str](
-        doc="Flags of the deblender that set flag_unreliable, without deblend_posterior_flag_.",
+        doc="Flags of the deblender that set flag_unreliable: what follows ``deblend_posterior_flag_``.",
         default=["masked_centre", "no_convergence", "no_psf", "not_finite", "outside_training_range"],
     )
 

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -45,7 +46,31 @@ PEAKS_DATASET = "object_vae_peaks"
 
 
 class PipetaskError(RuntimeError):
-    """A `pipetask` subprocess failed; the message holds the end of its log."""
+    """A `pipetask` subprocess failed.
+
+    Parameters
+    ----------
+    status : `int`
+        Its exit status.
+    log : `str`
+        Its whole log, kept as ``log``; the message has only what the log says of the cause.
+    """
+
+    def __init__(self, status: int, log: str) -> None:
+        self.status, self.log = status, log
+        super().__init__(status, log)
+
+    def __str__(self) -> str:
+        return f"pipetask run ended with exit status {self.status}:\n{_cause(self.log)}"
+
+
+def _cause(log: str) -> str:
+    """What a log of pipetask says of the cause: the errors of quanta, or else those that ended it."""
+    lines = log.splitlines()
+    found = [line.partition(" failed. Exception ")[2] for line in lines if " failed. Exception " in line]
+    # An exception's own line stands at the margin under its traceback; several may be chained.
+    found = found or [line for line in lines if re.match(r"[\w.]*(Error|Exception|NoWorkFound)\b", line)]
+    return "\n".join(dict.fromkeys(found)) or "\n".join(lines[-30:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,6 +446,7 @@ def run_pipetask(
     query: str | None = None,
     processes: int = 1,
     check: bool = True,
+    log: str | os.PathLike[str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``pipetask run`` on a repository, as a subprocess like any user's.
 
@@ -444,6 +470,8 @@ def run_pipetask(
         Number of processes.
     check : `bool`, optional
         Raise when pipetask fails.
+    log : path-like, optional
+        File for the log, which is written whether pipetask fails or not.
 
     Returns
     -------
@@ -453,7 +481,7 @@ def run_pipetask(
     Raises
     ------
     PipetaskError
-        Raised when pipetask fails and ``check`` is set; it holds the last lines of the log.
+        Raised when pipetask fails and ``check`` is set; it holds the log.
     """
     command = [sys.executable, "-c", "from lsst.ctrl.mpexec.cli.pipetask import main; main()", "run"]
     command += ["-b", os.fspath(root), "-p", os.fspath(pipeline or pipeline_path())]
@@ -465,7 +493,8 @@ def run_pipetask(
     process = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
+    if log is not None:
+        Path(log).write_text(process.stdout)
     if check and process.returncode:
-        tail = "\n".join(process.stdout.splitlines()[-30:])
-        raise PipetaskError(f"pipetask run ended with exit status {process.returncode}:\n{tail}")
+        raise PipetaskError(process.returncode, process.stdout)
     return process

@@ -50,8 +50,8 @@ def scene_from_cell_coadds(
         `lsst.meas.vaedeblend.adapters.mask_planes`); those that a coadd does not have are passed over.
     detected_plane, edge_plane : `str`, optional
         Mask planes of detected pixels, and of pixels that detection could not reach. Without the name of the
-        former the scene has no parents but those of given peaks, and a coadd that does not have it is warned
-        about.
+        former the scene has no parents but those of given peaks. A coadd that does not have it is warned
+        about, and if none has it there must be peaks.
     peaks : `astropy.table.Table`, optional
         Columns ``x`` and ``y`` (tract pixel) and optionally ``parent``, see `parents_from_peaks`. Without it
         the parents have no peaks and the deblender finds them.
@@ -64,8 +64,9 @@ def scene_from_cell_coadds(
     Raises
     ------
     ValueError
-        Raised when there is no coadd, coadds differ in their cell grid or tract, nobody knows a mask plane, a
-        unit is not a flux density per pixel, or the peak table lacks a column.
+        Raised when there is no coadd, coadds differ in their cell grid or tract, nobody knows a mask plane,
+        all lack the plane of detected pixels and no peaks are given, a unit is not a flux density per pixel,
+        or the peak table lacks a column.
     """
     if not coadds:
         raise ValueError("No coadd to make a scene of.")
@@ -81,6 +82,11 @@ def scene_from_cell_coadds(
     check_planes(bad_planes, {name for coadd in coadds.values() for name in coadd.mask.schema.names})
     if detected_plane is not None:
         bare = [b for b, coadd in coadds.items() if detected_plane not in coadd.mask.schema.names]
+        if len(bare) == len(coadds) and peaks is None:
+            raise ValueError(
+                f"No coadd has the mask plane {detected_plane}, so that nothing says where the sources are: "
+                "run detection first, or give peaks (usePeaks)."
+            )
         if bare:
             _LOG.warning(
                 "The coadds of band %s have no mask plane %s: nothing counts as detected there.",

@@ -5,7 +5,15 @@
 
 from __future__ import annotations
 
-__all__ = ["colour", "new_figure", "residual_map", "show_colour", "show_sigma"]
+__all__ = [
+    "colour",
+    "colour_key",
+    "new_figure",
+    "residual_map",
+    "scale_bar",
+    "show_colour",
+    "show_sigma",
+]
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -74,6 +82,21 @@ def colour(
     scale = float(np.mean([sigma[i] * weight for i, weight in channels]))
     rgb = (pixels[i] * weight for i, weight in channels)
     return make_lupton_rgb(*rgb, minimum=-0.5 * scale, stretch=stretch * scale, Q=q)
+
+
+def colour_key(bands: Sequence[str]) -> str:
+    """Say which bands `colour` shows as which colour."""
+    channels = zip(("red", "green", "blue"), _rgb_bands(bands), strict=True)
+    return ", ".join(f"{name} {list(bands)[i]}" for name, (i, _) in channels)
+
+
+def scale_bar(axes: Axes, arcsec: float, pixel_scale: float, colour_: str = "white") -> None:
+    """Draw a bar of given length into the lower left corner of an image in pixels."""
+    x0, x1 = axes.get_xlim()
+    y0, y1 = axes.get_ylim()
+    left, low = x0 + 0.04 * (x1 - x0), y0 + 0.05 * (y1 - y0)
+    axes.plot([left, left + arcsec / pixel_scale], [low, low], "-", color=colour_, linewidth=2)
+    axes.text(left, low + 0.02 * (y1 - y0), f'{arcsec:g}"', color=colour_, fontsize="small", va="bottom")
 
 
 def residual_map(residual: ArrayLike, variance: ArrayLike, valid: ArrayLike) -> NDArray[np.float64]:

@@ -179,8 +179,8 @@ def evaluate_hsc(
         "doWriteResidual": True,
         "deblend.findNewPeaks": True,
     }
-    process = run_pipetask(repository.root, _OUTPUT, config=config, processes=processes)
-    (out_dir / "pipetask.log").write_text(process.stdout)
+    log = out_dir / "pipetask.log"
+    run_pipetask(repository.root, _OUTPUT, config=config, processes=processes, log=log)
 
     rows, residuals = [], []
     with repository.reader(_OUTPUT) as get:

@@ -27,8 +27,8 @@ __all__ = [
     "kolmogorov_psf",
     "matching_kernel_ft",
     "moments_sigma",
-    "wings",
     "psf_sigma",
+    "wings",
 ]
 
 FWHM_PER_SIGMA = 2.0 * np.sqrt(2.0 * np.log(2.0))
@@ -231,14 +231,27 @@ def _adaptive_moments(stamps: NDArray, max_iterations: int, tolerance: float) ->
     return out
 
 
+def psf_sigma(stamps: ArrayLike) -> NDArray[np.float64]:
+    """Return the width of PSFs, the fourth root of the determinant of their adaptive moments, pixel.
+
+    Parameters
+    ----------
+    stamps : array_like, (..., h, w)
+        PSF images.
+
+    Returns
+    -------
+    sigma : `numpy.ndarray`, (...)
+    """
+    return moments_sigma(adaptive_moments(stamps))
+
+
 def wings(stamps: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Fit how PSFs fall off at the border of their stamps.
 
     A stamp ends where its PSF does not: the wings of Moffat's profile follow a power law (Moffat 1969, A&A
     3, 455), and so do those of what dust and optics scatter, with a flatter one. Means over two rings give
     level and slope.
-def psf_sigma(stamps: ArrayLike) -> NDArray[np.float64]:
-    """Return the width of PSFs, the fourth root of the determinant of their adaptive moments, pixel.
 
     Parameters
     ----------
@@ -273,13 +286,6 @@ def psf_sigma(stamps: ArrayLike) -> NDArray[np.float64]:
     known &= slope <= 8.0
     slope = np.clip(slope, 3.0, 8.0)
     return np.where(known, far * (reach / r_far) ** -slope, 0.0), slope
-        PSF images.
-
-    Returns
-    -------
-    sigma : `numpy.ndarray`, (...)
-    """
-    return moments_sigma(adaptive_moments(stamps))
 
 
 def fft_size(cutout_size: int, stamp_size: int) -> int:

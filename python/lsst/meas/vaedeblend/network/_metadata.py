@@ -146,6 +146,25 @@ class NetworkMetadata:
         check("licence", isinstance(self.licence, str), "a string")
         check("weights_sha256", isinstance(self.weights_sha256, str), "a string")
 
+    def check_deblender(self) -> None:
+        """Check that the network was trained on blends.
+
+        The prior, the first step of a training, is written in the same form, for comparisons: it has seen
+        isolated galaxies alone, and takes a neighbour for a part of its target.
+
+        Raises
+        ------
+        NetworkError
+            Raised if it is a prior.
+        """
+        samples = self.training.get("samples")
+        if isinstance(samples, dict) and "prior" in samples and "deblender" not in samples:
+            name = self.name.removesuffix("_prior")
+            raise NetworkError(
+                f"Network {self.name} is a prior, trained on isolated galaxies alone: it cannot deblend. "
+                f"The deblender that belongs to it is {name}."
+            )
+
     def to_json(self) -> str:
         """Serialize to the JSON document that an artefact carries.
 

@@ -615,7 +615,8 @@ def load_network(
     Raises
     ------
     NetworkError
-        Raised if the artefact is missing, unsound, or does not go with what the caller needs.
+        Raised if the artefact is missing, unsound, or does not go with what the caller needs, or is a prior
+        (which `Network.load` reads, for comparisons).
     """
     path = resolve(name_or_path).resolve()
     status = path.stat()
@@ -625,6 +626,8 @@ def load_network(
         # What was loaded from an earlier state of the file is of no use any more.
         for old in [k for k in _CACHE if k[0] == path and k[1:3] != key[1:3]]:
             del _CACHE[old]
-        network = _CACHE[key] = Network.load(path, providers, require, threads)
+        network = Network.load(path, providers, require, threads)
+        network.metadata.check_deblender()
+        _CACHE[key] = network
     network.check(bands, pixel_scale)
     return network

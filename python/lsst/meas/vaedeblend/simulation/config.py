@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 import os
+import traceback
 
 from lsst.pex.config import ChoiceField, Config, ConfigField, DictField, Field, ListField
 
@@ -294,8 +295,23 @@ def load_config(path: str | os.PathLike) -> TrainingConfig:
     """Read a training configuration: a Python file of ``config.field = value`` lines, as for any LSST task.
 
     Such a file is a program: read it before running one that came from elsewhere.
+
+    Raises
+    ------
+    OSError
+        Raised if the file cannot be read.
+    ValueError
+        Raised if it cannot be run, names a field that there is not, or gives one a wrong value.
     """
-    config = TrainingConfig()
-    config.load(os.fspath(path))
+    config, name = TrainingConfig(), os.fspath(path)
+    try:
+        config.load(name)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a program may raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(name)]
+        where = f"{name}, line {lines[-1]}" if lines else name
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
     config.validate()
     return config

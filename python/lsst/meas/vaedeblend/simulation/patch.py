@@ -116,6 +116,11 @@ def simulate_patch(
     -------
     patch : `SimulatedPatch`
 
+    Raises
+    ------
+    ValueError
+        Raised if there is no galaxy, no cell, or no place between the margins.
+
     Notes
     -----
     A coadd's PSF is that of the cell a pixel lies in, and jumps at the border of a cell; a galaxy that
@@ -123,6 +128,13 @@ def simulate_patch(
     percent (standard deviation) from cell to cell about the band's typical one, with an ellipticity up to
     0.04.
     """
+    if n_galaxies < 1:
+        raise ValueError(f"A patch needs at least one galaxy, not {n_galaxies}.")
+    if min(cells) < 1 or min(cells) * cell_size <= 2 * margin + 1:
+        raise ValueError(
+            f"{cells[0]} x {cells[1]} cells of {cell_size} pixels leave no place for galaxies, which keep "
+            f"{margin} pixels from the border."
+        )
     rng = np.random.default_rng(seed)
     info = get_survey_info(survey, tuple(bands))
     scale = info.pixel_scale

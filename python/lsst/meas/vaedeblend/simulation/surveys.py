@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-__all__ = ["AB_ZEROPOINT_NJY", "BandInfo", "SurveyInfo", "get_survey_info"]
+__all__ = ["AB_ZEROPOINT_NJY", "BandInfo", "SurveyInfo", "get_survey_info", "survey_of"]
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 
 import astropy.units as u
 import numpy as np
@@ -121,6 +122,37 @@ def get_survey_info(
         raise ValueError(f"Survey {name} has no band {', '.join(missing)}; it has {list(known)}.")
     infos = tuple(_band_info(known[b], b, dict(exposure).get(b)) for b in wanted)
     return SurveyInfo(name=name, pixel_scale=infos[0].pixel_scale, bands=infos)
+
+
+def survey_of(bands: Sequence[str], pixel_scale: float) -> str:
+    """Find the survey that has given bands and pixels.
+
+    Parameters
+    ----------
+    bands : sequence of `str`
+        Bands.
+    pixel_scale : `float`
+        arcsec per pixel, to a hundredth.
+
+    Returns
+    -------
+    name : `str`
+        The first of those that `get_survey_info` knows.
+
+    Raises
+    ------
+    ValueError
+        Raised if none has them.
+    """
+    for name in _FILTER_GROUPS:
+        survey = surveycodex.get_survey(name)
+        scale = survey.pixel_scale.to_value(u.arcsec)
+        if set(bands) <= set(survey.available_filters) and abs(scale / pixel_scale - 1) < 0.01:
+            return name
+    raise ValueError(
+        f"No survey of {', '.join(_FILTER_GROUPS)} has the bands {', '.join(bands)} in pixels of "
+        f"{pixel_scale} arcsec."
+    )
 
 
 def _band_info(name: str, band: str, exposure: float | None) -> BandInfo:

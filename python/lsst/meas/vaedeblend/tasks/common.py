@@ -18,12 +18,15 @@ __all__ = [
     "run_procedure",
 ]
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import logging
 import os
-from collections.abc import Collection, Mapping
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -230,11 +233,13 @@ def network_metadata(name_or_path: str) -> NetworkMetadata:
     Raises
     ------
     NetworkError
-        Raised when the file cannot be used.
+        Raised when the file cannot be used, or holds a prior.
     """
     path = resolve(name_or_path)
     status = os.stat(path)
-    return _metadata_of(str(path), status.st_mtime_ns, status.st_size)
+    metadata = _metadata_of(str(path), status.st_mtime_ns, status.st_size)
+    metadata.check_deblender()
+    return metadata
 
 
 def check_bands(
@@ -366,9 +371,10 @@ def deblend_patch(
     skipped = skip_reasons(scene, masks, config)
     scene.parents = [parent for parent in parents if parent.id not in skipped]
     used = [b for b, some in zip(scene.bands, scene.valid.any(axis=(1, 2)), strict=True) if some]
+    what = f"{len(scene.parents)} parents"
     log.info(
-        "Deblending %d parents in the bands %s with network %s (%s) on %s.",
-        len(scene.parents),
+        "Deblending %s in the bands %s with network %s (%s) on %s.",
+        what,
         " ".join(used),
         network.metadata.name,
         "".join(network.metadata.bands),
@@ -376,17 +382,36 @@ def deblend_patch(
     )
     if skipped:
         log.info("%d parents are beyond a limit or masked, and are skipped.", len(skipped))
-    try:
-        result = run_procedure(scene, network, config, log)
-    finally:
-        scene.parents = parents
-    posterior = sample_posterior(
-        result.sources, network, scene.psf, _draws(network, config.posteriorSamples, log)
-    )
+    with _signs_of_life(log, f"Deblending {what}"):
+        try:
+            result = run_procedure(scene, network, config, log)
+        finally:
+            scene.parents = parents
+        posterior = sample_posterior(
+            result.sources, network, scene.psf, _draws(network, config.posteriorSamples, log)
+        )
     record_run(metadata, network, result, skipped)
     _warn(result, network, log)
     whole = with_skipped(result.parents, scene, parents, skipped, network.metadata.cutout_size)
     return Patch(result, posterior, skipped, whole)
+
+
+@contextlib.contextmanager
+def _signs_of_life(log: logging.Logger | Any, what: str, interval: float = 60.0) -> Iterator[None]:
+    """Log every so many seconds that something is going on: a patch may take long, and looks hung."""
+    done, start = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not done.wait(interval):
+            log.info("%s: %.0f s so far.", what, time.monotonic() - start)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _draws(network: Network, n_samples: int, log: logging.Logger | Any) -> int:

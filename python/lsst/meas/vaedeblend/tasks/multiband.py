@@ -301,13 +301,16 @@ class VaeMultibandDeblendTask(Task):
         )
         skipped: list[Footprint] = [f.footprint for f in families if f.skipped is not None]
         self.metadata["n_skipped"] = len(skipped)
+        n_pseudo = sum(family.pseudo for family in families)
         self.log.info(
-            "%d merged detections gave %d objects, %d of them from %d blends; %d blends were skipped.",
-            len(mergedSources),
-            len(objects),
+            "%d merged detections gave %d objects, %d of them from %d blends; %d blends were skipped, and %d "
+            "pseudo sources passed through.",
+            len(families) - n_pseudo,
+            len(objects) - n_pseudo,
             int((np.asarray(objects["parent"]) != 0).sum()),
             sum(family.blend for family in families),
             len(skipped),
+            n_pseudo,
         )
         return Struct(
             deblendedCatalog=objects,
