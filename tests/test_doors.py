@@ -15,6 +15,7 @@ from lsst.meas.vaedeblend.adapters.butler_repo import CoaddRepository, PatchLayo
 from lsst.meas.vaedeblend.adapters.cell_coadd import scene_from_cell_coadds, union_planes
 from lsst.meas.vaedeblend.adapters.mask_planes import BAD_PLANES
 from lsst.meas.vaedeblend.catalog import models_table, object_table, parent_table
+from lsst.meas.vaedeblend.ground.identifiers import PatchIds
 from lsst.meas.vaedeblend.scene import PsfGrid, Scene, find_parents
 from lsst.meas.vaedeblend.tasks import VaeDeblendConfig
 from lsst.meas.vaedeblend.tasks.common import DeblendTaskConfig, _signs_of_life, deblend_patch
@@ -67,6 +68,10 @@ def directly(simulated, pixel_scale, peaks):
     """The scene from arrays, as a script of one's own would make it."""
     scene, planes, kernels = simulated
     edge = planes["DETECTION_EDGE"].any(axis=0)
+    parents = find_parents(planes["DETECTED"].any(axis=0), peaks)
+    # Scenes of coadds have the identifiers of the patch, here the first of the first tract.
+    for parent, number in zip(parents, PatchIds(0, 0).parents(len(parents)).tolist(), strict=True):
+        parent.id = number
     return Scene(
         BANDS,
         scene.image,
@@ -74,7 +79,7 @@ def directly(simulated, pixel_scale, peaks):
         ~(planes["SATURATED"] | planes["DETECTION_EDGE"]),
         psf=PsfGrid(np.swapaxes(kernels, 0, 1), (64, 64), (2, 2)),
         pixel_scale=pixel_scale,
-        parents=find_parents(planes["DETECTED"].any(axis=0), peaks),
+        parents=parents,
         edge=edge,
         origin=ORIGIN,
     )

@@ -37,10 +37,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"ground", "scene", "network", "simulation"},
     "evaluation": {*CORE, "adapters", "simulation"},
     "artefacts": set(),
+    "plots": {*CORE, "evaluation"},
+    "images": {*CORE, "adapters", "plots"},
     "demo": {*CORE, "adapters", "simulation", "evaluation"},
-    "cli": {*CORE, "adapters", "simulation", "training", "evaluation", "demo"},
+    "cli": {*CORE, "adapters", "simulation", "training", "evaluation", "demo", "images"},
     # What `lsst.meas.vaedeblend` itself offers.
-    "": CORE,
+    "": {*CORE, "adapters", "plots"},
 }
 """Room to the rooms that it may import, besides itself."""
 
@@ -48,7 +50,7 @@ ONLY_IN: dict[str, set[str]] = {
     **dict.fromkeys(("torch", "lightning", "onnx", "onnxscript"), {"training"}),
     **dict.fromkeys(("galsim", "surveycodex", "speclite"), {"simulation", "training", "evaluation", "demo"}),
     "photutils": {"simulation", "evaluation"},
-    "matplotlib": {"evaluation", "demo"},
+    "matplotlib": {"evaluation", "demo", "plots"},
     "numba": {"ground", "adapters", *MODELS, "inference", "deblender"},
     "threadpoolctl": {"deblender"},
     **dict.fromkeys(("lsst.afw", "lsst.meas.base", "lsst.cell_coadds", "lsst.geom"), {"adapters", "tasks"}),

@@ -24,12 +24,12 @@ from lsst.meas.vaedeblend.adapters.butler_repo import (
 from lsst.meas.vaedeblend.adapters.cell_coadd import scene_from_cell_coadds
 from lsst.meas.vaedeblend.deblender import deblend
 from lsst.meas.vaedeblend.ground.flags import SOURCE_FLAGS
+from lsst.meas.vaedeblend.ground.identifiers import PatchIds
 from lsst.meas.vaedeblend.network import NetworkError, load_network
 from lsst.meas.vaedeblend.posterior import sample_posterior
 from lsst.meas.vaedeblend.rendering import render
 from lsst.meas.vaedeblend.sources import SourceModels
 from lsst.meas.vaedeblend.tasks import VaeDeblendConfig, VaeDeblendConnections, VaeDeblendTask
-from lsst.meas.vaedeblend.tasks.identifiers import PatchIds
 from lsst.pex.config import FieldValidationError
 from lsst.pipe.base import NoWorkFound
 from scipy.spatial import cKDTree

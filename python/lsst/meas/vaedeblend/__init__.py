@@ -12,10 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.fits_images import read_images
+    from .adapters.stored_stamps import stamps
     from .catalog import object_table
     from .deblender import DeblendConfig, DeblendResult, deblend
     from .ground.detection import detect
     from .network import load_network
+    from .plots import plot_blend
     from .redistribution import redistribute
     from .scene import Parent, PsfGrid, Scene, find_parents
 
@@ -33,7 +36,10 @@ __all__ = [
     "find_parents",
     "load_network",
     "object_table",
+    "plot_blend",
+    "read_images",
     "redistribute",
+    "stamps",
 ]
 
 _HOMES = {
@@ -47,7 +53,10 @@ _HOMES = {
     "find_parents": "scene",
     "load_network": "network",
     "object_table": "catalog",
+    "plot_blend": "plots",
+    "read_images": "adapters.fits_images",
     "redistribute": "redistribution",
+    "stamps": "adapters.stored_stamps",
 }
 """Name to the module that has it."""
 

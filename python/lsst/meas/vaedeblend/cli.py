@@ -7,8 +7,10 @@ from __future__ import annotations
 
 __all__ = ["main"]
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,102 @@ def demo(
 
 
 _CONFIG = click.Path(exists=True, dir_okay=False, path_type=Path)
+_BY_BAND = "[BAND=]FILE"
+
+
+@main.command()
+@click.argument("out", type=_OUTPUT)
+@click.option("--image", multiple=True, required=True, metavar=_BY_BAND, help="Image, background subtracted.")
+@click.option("--variance", multiple=True, metavar=_BY_BAND, help="Variance, in units of the image squared.")
+@click.option("--weight", multiple=True, metavar=_BY_BAND, help="Weight map, i.e. inverse variance, instead.")
+@click.option("--psf", multiple=True, metavar=_BY_BAND, help="PSF image with odd sides.")
+@click.option("--mask", multiple=True, metavar=_BY_BAND, help="Mask; pixels that are not 0 are not used.")
+@click.option("--bad-bits", help="Bits of the masks that mean a bad pixel, as 0x21 or 33; all by default.")
+@click.option("--bands", help="Bands of a cube in order, as ugrizy or u,g,r.")
+@click.option("--zeropoint", multiple=True, metavar="[BAND=]MAG", help="AB magnitude of one unit.")
+@click.option("--pixel-scale", type=float, help="Width of a pixel, arcsec, where there is no WCS.")
+@click.option("--wcs", type=_CONFIG, help="FITS or text header with the WCS, instead of the images' own.")
+@click.option("--peaks", type=_CONFIG, help="Table of peaks: x, y in pixels from 0, or ra, dec in degree.")
+@click.option("--network", default="lsst_ugrizy", show_default=True, help="Name or path of the network.")
+@click.option("-c", "--config", multiple=True, help="Setting of the procedure, as in -c refinementSteps=0.")
+@click.option("--threads", default=1, show_default=True, help="Threads of onnxruntime; 0: all.")
+@click.option("--stamps/--no-stamps", default=True, help="Write the image of every object.")
+@click.option("--blends", default=4, show_default=True, help="Blends that get a picture of their own.")
+@click.option("--force", is_flag=True, help="Go on when the pixels contradict variance or sky subtraction.")
+@click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run.")
+def deblend(
+    out: Path,
+    image: tuple[str, ...],
+    variance: tuple[str, ...],
+    weight: tuple[str, ...],
+    psf: tuple[str, ...],
+    mask: tuple[str, ...],
+    bad_bits: str | None,
+    bands: str | None,
+    zeropoint: tuple[str, ...],
+    pixel_scale: float | None,
+    wcs: Path | None,
+    peaks: Path | None,
+    network: str,
+    config: tuple[str, ...],
+    threads: int,
+    stamps: bool,
+    blends: int,
+    force: bool,
+    overwrite: bool,
+) -> None:
+    """Deblend FITS images: catalogue, models, stamps, residuals and pictures in OUT.
+
+    Files are given by band, as --image r=FILE, or as one cube or npz file for all bands. FILE[NAME] or
+    FILE[2] names an extension.
+    """
+    import math
+
+    from .adapters.fits_images import read_images
+    from .deblender import DeblendConfig
+    from .images import deblend_images
+
+    with _failures():
+        settings = DeblendConfig()
+        settings.allowMissingBands = False
+        settings.findNewPeaks = None
+        _configure(settings, config)
+        points = _by_band("--zeropoint", zeropoint)
+        images = read_images(
+            _by_band("--image", image),
+            psf=_by_band("--psf", psf),
+            variance=_by_band("--variance", variance),
+            weight=_by_band("--weight", weight),
+            mask=_by_band("--mask", mask),
+            bands=(bands.split(",") if "," in bands else tuple(bands)) if bands else None,
+            zeropoint=_numbers("--zeropoint", points),
+            pixel_scale=pixel_scale,
+            wcs=wcs,
+            peaks=peaks,
+            bad_bits=None if bad_bits is None else int(bad_bits, 0),
+            check=not force,
+        )
+        if settings.findNewPeaks is None:
+            settings.findNewPeaks = images.peaks is None
+        bar_ = click.progressbar(length=100, label="deblend", item_show_func=lambda what: what)
+        with _quiet("lsst.meas.vaedeblend.network"), bar_ as bar:
+
+            def progress(part: float, what: str) -> None:
+                bar.update(math.floor(100 * part) - bar.pos, what)
+
+            summary = deblend_images(
+                images,
+                out,
+                network=network,
+                config=settings,
+                threads=threads,
+                stamps=stamps,
+                n_blends=blends,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    _echo(summary, skip="bands")
+    click.echo(f"Results: {out}")
 
 
 @main.command()
@@ -226,23 +324,12 @@ def fields(
     directory: Path, out: Path, detect: bool, network: str, threads: int, config: tuple[str, ...]
 ) -> None:
     """Deblend the field files of DIRECTORY and write each object's image to OUT."""
-    import ast
-
     from .deblender import DeblendConfig
     from .evaluation.fields import evaluate_fields
 
     with _failures():
         settings = DeblendConfig()
-        for item in config:
-            name, _, value = item.partition("=")
-            if name not in settings.keys():
-                raise ValueError(f"There is no setting {name!r}; there are {', '.join(settings.keys())}.")
-            try:
-                parsed = ast.literal_eval(value)
-            except (SyntaxError, ValueError) as error:
-                raise ValueError(f"-c {item}: {value!r} is no value; a right form is -c {name}=0.") from error
-            settings.update(**{name: parsed})
-        settings.validate()
+        _configure(settings, config)
         summary = evaluate_fields(
             directory, out, network=network, detect=detect, threads=threads, config=settings
         )
@@ -340,6 +427,65 @@ def _recipe(file: str, settings: Any, step: str) -> str:
     return f"""vaedeblend simulate {name} DATA
 vaedeblend train {name} DATA RUN{options}
 vaedeblend export {name} DATA RUN OUT{of}"""
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a logger's small talk back, which would tear a progress bar, unless details were asked for."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    if not logger.isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _by_band(option: str, values: tuple[str, ...]) -> Any:
+    """Take apart BAND=VALUE: values by band, or the only value, which is for all bands."""
+    pairs = [value.partition("=") for value in values]
+    # A path may hold an equals sign, a band no slash.
+    named = [bool(sign) and "/" not in band for band, sign, _ in pairs]
+    if not values:
+        return None
+    if len(values) == 1 and not named[0]:
+        return values[0]
+    if not all(named) or len({band for band, _, _ in pairs}) < len(pairs):
+        raise ValueError(f"{option} is given once without a band, or once for each BAND=VALUE: {values}.")
+    return {band: value for band, _, value in pairs}
+
+
+def _numbers(option: str, given: Any) -> Any:
+    """Turn what `_by_band` gave into numbers."""
+    try:
+        if isinstance(given, dict):
+            return {band: float(value) for band, value in given.items()}
+        return None if given is None else float(given)
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers: {error}.") from error
+
+
+def _configure(settings: Any, items: tuple[str, ...]) -> None:
+    """Apply NAME=VALUE to settings of the procedure.
+
+    Raises
+    ------
+    ValueError
+        Raised if there is no such setting, or it does not take the value.
+    """
+    import ast
+
+    for item in items:
+        name, _, value = item.partition("=")
+        if name not in settings.keys():
+            raise ValueError(f"There is no setting {name!r}; there are {', '.join(settings.keys())}.")
+        try:
+            parsed = ast.literal_eval(value)
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"-c {item}: {value!r} is no value; a right form is -c {name}=0.") from error
+        settings.update(**{name: parsed})
+    settings.validate()
 
 
 def _echo(summary: dict, skip: str) -> None:

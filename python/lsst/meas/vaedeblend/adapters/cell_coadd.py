@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = ["masked_image", "scene_from_cell_coadds", "union_planes"]
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,6 +17,7 @@ from astropy.table import Column, Table
 from lsst.images import Box, Image, Interval, MaskedImage
 from lsst.images.cells import CellCoadd
 
+from ..ground.identifiers import PatchIds
 from ..scene import PsfGrid, Scene, find_parents
 from .footprints import parents_from_peaks
 from .mask_planes import BAD_PLANES, check_planes, names_in
@@ -59,7 +61,8 @@ def scene_from_cell_coadds(
     Returns
     -------
     scene : `lsst.meas.vaedeblend.scene.Scene`
-        Its origin is the tract pixel (y, x) of array pixel [0, 0].
+        Its origin is the tract pixel (y, x) of array pixel [0, 0], and its parents have the identifiers of
+        the patch (`~lsst.meas.vaedeblend.ground.identifiers.PatchIds`).
 
     Raises
     ------
@@ -128,6 +131,9 @@ def scene_from_cell_coadds(
         xy = np.column_stack([_pixels(peaks["x"]) - box.x.start, _pixels(peaks["y"]) - box.y.start])
         groups = np.asarray(peaks["parent"]) if "parent" in peaks.colnames else None
         parents = parents_from_peaks(detected, xy, groups)
+    # The identifiers that the outputs have, so that what is stored goes with the scene made anew.
+    ids = PatchIds(first.tract, first.patch.id).parents(len(parents)).tolist()
+    parents = [dataclasses.replace(p, id=number) for p, number in zip(parents, ids, strict=True)]
     return Scene(
         bands,
         image,

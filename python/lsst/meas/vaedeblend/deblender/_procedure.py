@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -39,8 +40,16 @@ _LATE_ROUNDS = 1
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.deblender")
 
+Progress = Callable[[float, str], object]
+"""Takes the part of the rounds that is over, 0 to 1, and what goes on."""
 
-def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None) -> DeblendResult:
+
+def deblend(
+    scene: Scene,
+    network: Network,
+    config: DeblendConfig | None = None,
+    progress: Progress | None = None,
+) -> DeblendResult:
     """Deblend all parents of a scene.
 
     Parameters
@@ -52,6 +61,9 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
         The network.
     config : `DeblendConfig`, optional
         Configuration.
+    progress : callable, optional
+        Called after each round with the part of the rounds that is over, 0 to 1, and what goes on (`str`).
+        Rounds differ in length, and there may be fewer of them than allowed.
 
     Returns
     -------
@@ -79,22 +91,23 @@ def deblend(scene: Scene, network: Network, config: DeblendConfig | None = None)
     # Many small matrices: threads of linear algebra would only get in each other's way, and in that of
     # others.
     with threadpool_limits(limits=1, user_api="blas"):
-        return _deblend(State(scene, network, config))
+        return _deblend(State(scene, network, config), progress)
 
 
-def _deblend(state: State) -> DeblendResult:
+def _deblend(state: State, progress: Progress | None) -> DeblendResult:
     scene, config = state.scene, state.config
     place_first(state)
     parents = [p for p in range(len(scene.parents)) if len(state.members(p))]
     first_answers(state, parents)
+    _report(state, progress, 0, parents, parents)
     if config.refinementSteps > 0 and isinstance(state.drawing, GridDrawing):
-        _go_on_with_refinement(state, parents)
+        _go_on_with_refinement(state, parents, progress)
     else:
-        _go_on_with_passes(state, parents)
+        _go_on_with_passes(state, parents, progress)
     return assemble(state)
 
 
-def _go_on_with_refinement(state: State, parents: list[int]) -> None:
+def _go_on_with_refinement(state: State, parents: list[int], progress: Progress | None) -> None:
     """Refine the sources, then try new peaks and refine those parents that have not settled."""
     open_ = _to_search(state, parents)
     # What a model may still become, it becomes only after the search: it would take in what has no peak yet.
@@ -106,7 +119,7 @@ def _go_on_with_refinement(state: State, parents: list[int]) -> None:
             break
         open_ = try_peaks(state, open_, iteration, try_by_refinement)
         _settle(state, _either(moving, open_))
-        _report(iteration, moving, open_)
+        _report(state, progress, iteration, moving, open_)
     gone = [drop(state, p) for p in parents]
     if any(len(rows) for rows in gone):
         wake(state, state.members_of(parents), np.concatenate(gone))
@@ -139,7 +152,7 @@ def _settle(state: State, parents: list[int]) -> None:
         wake(state, rows, moved)
 
 
-def _go_on_with_passes(state: State, parents: list[int]) -> None:
+def _go_on_with_passes(state: State, parents: list[int], progress: Progress | None) -> None:
     """Take another pass with those parents that have not settled, then try new peaks."""
     moving, open_ = parents, _to_search(state, parents)
     for iteration in range(1, state.config.maxIterations + 1):
@@ -148,7 +161,7 @@ def _go_on_with_passes(state: State, parents: list[int]) -> None:
         moving = improve(state, moving)
         open_ = try_peaks(state, open_, iteration, try_by_passes)
         moving = _either(moving, open_)
-        _report(iteration, moving, open_)
+        _report(state, progress, iteration, moving, open_)
     rows = state.members_of(parents)
     state.rows.settled[rows] = ~np.isin(state.rows.parent[rows], moving)
     for p in parents:
@@ -164,5 +177,11 @@ def _either(some: list[int], others: list[int]) -> list[int]:
     return sorted(set(some) | set(others))
 
 
-def _report(iteration: int, moving: list[int], open_: list[int]) -> None:
+def _report(
+    state: State, progress: Progress | None, iteration: int, moving: list[int], open_: list[int]
+) -> None:
+    if progress is not None:
+        # The rounds are framed by the first answers and the last refinement.
+        text = f"round {iteration}: {len(moving)} of {len(state.scene.parents)} parents go on"
+        progress((1 + iteration) / (2 + state.config.maxIterations), text)
     _LOG.debug("Iteration %d: %d parents gained sources, %d not settled.", iteration, len(open_), len(moving))

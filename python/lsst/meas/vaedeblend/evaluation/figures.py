@@ -10,6 +10,7 @@ __all__ = [
     "colour_key",
     "new_figure",
     "residual_map",
+    "rgb_bands",
     "scale_bar",
     "show_colour",
     "show_sigma",
@@ -40,7 +41,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _rgb_bands(bands: Sequence[str]) -> tuple[tuple[int, float], ...]:
+def rgb_bands(bands: Sequence[str]) -> tuple[tuple[int, float], ...]:
     """Choose the bands shown as red, green and blue, with their weights in f_nu.
 
     i, r and g, balanced such that a galaxy of ordinary colour (g - r of 0.5, r - i of 0.4) is grey; or else
@@ -78,7 +79,7 @@ def colour(
     rgb : `numpy.ndarray`, (H, W, 3)
     """
     pixels, sigma = np.nan_to_num(np.asarray(images, float)), np.asarray(noise, float)
-    channels = _rgb_bands(bands)
+    channels = rgb_bands(bands)
     scale = float(np.mean([sigma[i] * weight for i, weight in channels]))
     rgb = (pixels[i] * weight for i, weight in channels)
     return make_lupton_rgb(*rgb, minimum=-0.5 * scale, stretch=stretch * scale, Q=q)
@@ -86,7 +87,7 @@ def colour(
 
 def colour_key(bands: Sequence[str]) -> str:
     """Say which bands `colour` shows as which colour."""
-    channels = zip(("red", "green", "blue"), _rgb_bands(bands), strict=True)
+    channels = zip(("red", "green", "blue"), rgb_bands(bands), strict=True)
     return ", ".join(f"{name} {list(bands)[i]}" for name, (i, _) in channels)
 
 

@@ -30,6 +30,7 @@ from lsst.utils.timer import timeMethod
 
 from ..adapters.cell_coadd import masked_image, scene_from_cell_coadds, union_planes
 from ..catalog import models_table, object_table, parent_table
+from ..ground.identifiers import PatchIds
 from ..network import NetworkError
 from ..sources import ParentSummary, SourceModels
 from .common import (
@@ -41,7 +42,6 @@ from .common import (
     deblend_patch,
     network_metadata,
 )
-from .identifiers import PatchIds
 
 if TYPE_CHECKING:
     from astropy.table import Table
@@ -206,7 +206,7 @@ class VaeDeblendTask(PipelineTask):
         ----------
         coadds : mapping of `str` to `lsst.images.cells.CellCoadd`
             Coadds by band, in any order.
-        ids : `lsst.meas.vaedeblend.tasks.identifiers.PatchIds`
+        ids : `lsst.meas.vaedeblend.ground.identifiers.PatchIds`
             Gives objects and parents their identifiers.
         peaks : `astropy.table.Table`, optional
             Peaks to start from, with columns ``x`` and ``y`` (tract pixel) and optionally ``parent``.
