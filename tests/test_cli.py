@@ -107,7 +107,7 @@ def test_evaluate_fields(runner, network_path, tmp_path):
     printed = json.loads(result.output[result.output.index("{") :])
     assert printed == {k: v for k, v in summary.items() if k != "fields"}
     with np.load(out / "field_00.npz") as data:
-        assert set(data.files) == {"model", "seconds"}
+        assert set(data.files) == {"model", "flux", "flux_err", "seconds"}
 
 
 @pytest.mark.parametrize(

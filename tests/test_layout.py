@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deblender": BELOW_OUTPUT,
     **dict.fromkeys(OUTPUT, BELOW_OUTPUT),
     "adapters": CORE,
-    "tasks": {*CORE, "adapters"},
+    # One of the tasks compares deblenders.
+    "tasks": {*CORE, "adapters", "evaluation"},
     "simulation": {"ground", "scene"},
     "training": {"ground", "scene", "network", "simulation"},
     "evaluation": {*CORE, "adapters", "simulation"},
@@ -50,6 +51,7 @@ ONLY_IN: dict[str, set[str]] = {
     **dict.fromkeys(("torch", "lightning", "onnx", "onnxscript"), {"training"}),
     **dict.fromkeys(("galsim", "surveycodex", "speclite"), {"simulation", "training", "evaluation", "demo"}),
     "photutils": {"simulation", "evaluation"},
+    "sep": {"evaluation"},
     "matplotlib": {"evaluation", "demo", "plots"},
     "numba": {"ground", "adapters", *MODELS, "inference", "deblender"},
     "threadpoolctl": {"deblender"},

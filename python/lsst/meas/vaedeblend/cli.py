@@ -302,6 +302,46 @@ def export(config: Path, data: Path, run: Path, out: Path, step: str) -> None:
     click.echo(f"Network: {path}")
 
 
+@main.command()
+@click.argument("entrants", nargs=-1, required=True)
+@click.argument("out", type=_OUTPUT)
+@click.option("--truth", help="Field files with truth: a file, or a directory of field_*.npz.")
+@click.option("--images", help="What to compare on: field files, or REPO@COLLECTION with the coadds.")
+@click.option("--pixel-scale", default=0.2, show_default=True, help="Pixel of field files, arcsec.")
+@click.option("--radius", default=3.0, show_default=True, help="Largest distance of a match, pixel.")
+@click.option("--network", help="Name or path of the network of REPO's models, if not the one they name.")
+def compare(
+    entrants: tuple[str, ...],
+    out: Path,
+    truth: str | None,
+    images: str | None,
+    pixel_scale: float,
+    radius: float,
+    network: str | None,
+) -> None:
+    """Compare deblenders on the same images: verdicts, plots and pictures in OUT/compare.html.
+
+    Each of ENTRANTS is WHAT or NAME=WHAT, where WHAT is a Butler repository with this deblender's outputs
+    (REPO@COLLECTION) or a directory with its tables, scarlet files or npz files of stamps (a file, or a
+    directory with one for each patch), or sep, which is run.
+    """
+    from .evaluation.comparison.run import compare as run
+    from .evaluation.comparison.run import format_verdict
+
+    with _failures():
+        comparison = run(
+            entrants,
+            out,
+            images=images,
+            truth=truth,
+            pixel_scale=pixel_scale,
+            radius=radius,
+            network=network,
+        )
+    click.echo(format_verdict(comparison))
+    click.echo(f"Report: {out / 'compare.html'}")
+
+
 @main.group()
 def evaluate() -> None:
     """Measure the deblender on simulated fields or on real blends."""
@@ -320,10 +360,28 @@ def evaluate() -> None:
     help="Threads of onnxruntime; 0: all.",
 )
 @click.option("-c", "--config", multiple=True, help="Setting of the procedure, as in -c refinementSteps=0.")
+@click.option("--stamps", type=_DIRECTORY, help="Score these results of any deblender; deblend nothing.")
 def fields(
-    directory: Path, out: Path, detect: bool, network: str, threads: int, config: tuple[str, ...]
+    directory: Path,
+    out: Path,
+    detect: bool,
+    network: str,
+    threads: int,
+    config: tuple[str, ...],
+    stamps: Path | None,
 ) -> None:
-    """Deblend the field files of DIRECTORY and write each object's image to OUT."""
+    """Deblend the field files of DIRECTORY and write each object's image to OUT.
+
+    With --stamps, another deblender's images are scored, and score.json is written to OUT.
+    """
+    if stamps is not None:
+        from .evaluation.comparison.run import score_stamps
+
+        with _failures():
+            _echo(score_stamps(directory, stamps, out), skip="classes")
+        click.echo(f"Numbers of each class of objects: {out / 'score.json'}")
+        return
+
     from .deblender import DeblendConfig
     from .evaluation.fields import evaluate_fields
 

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-__all__ = ["to_model_data"]
+__all__ = ["from_model_data", "to_model_data"]
 
 import io
 from typing import Any
 
 from lsst.meas.extensions.scarlet.io.utils import read_scarlet_model
 
-from .scarlet_file import ScarletModels, write
+from .scarlet_file import ScarletModels, read, write
 
 
 def to_model_data(models: ScarletModels) -> Any:
@@ -37,3 +37,29 @@ def to_model_data(models: ScarletModels) -> Any:
     write(stream, models)
     stream.seek(0)
     return read_scarlet_model(stream)
+
+
+def from_model_data(data: Any) -> ScarletModels:
+    """Convert models the other way, by the file format too.
+
+    Parameters
+    ----------
+    data : `lsst.meas.extensions.scarlet.io.LsstScarletModelData`
+        What the Butler gives.
+
+    Returns
+    -------
+    models : `lsst.meas.vaedeblend.adapters.scarlet_file.ScarletModels`
+        The models.
+
+    Raises
+    ------
+    lsst.meas.vaedeblend.adapters.scarlet_file.ScarletFileError
+        Raised if the models are of a kind that is not known here.
+    """
+    from lsst.meas.extensions.scarlet.io.utils import write_scarlet_model
+
+    stream = io.BytesIO()
+    write_scarlet_model(stream, data)
+    stream.seek(0)
+    return read(stream)

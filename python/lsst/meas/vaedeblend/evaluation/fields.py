@@ -125,7 +125,8 @@ def evaluate_fields(
     """Deblend all ``field_*.npz`` of a directory.
 
     Writes one npz per field, ``model`` (N, B, S, S) float32 in nJy, observed frame, on the truth's stamps
-    with NaN for objects that were not found, and ``seconds``, the wall time of the deblending; and
+    with NaN for objects that were not found, ``flux`` and ``flux_err`` (N, B), the fluxes of the catalogue
+    and their standard deviations, nJy, and ``seconds``, the wall time of the deblending; and
     ``summary.json``.
 
     Parameters
@@ -170,8 +171,10 @@ def evaluate_fields(
     for path in files:
         field = FieldFile.read(path)
         loaded.check(bands=field.bands)
-        model, row = _evaluate_field(field, loaded, detect, config)
-        np.savez_compressed(out_dir / path.name, model=model, seconds=np.float64(row["seconds"]))
+        arrays, row = _evaluate_field(field, loaded, detect, config)
+        arrays["seconds"] = np.array(row["seconds"])
+        # Written out by name, as savez has arguments of its own.
+        np.savez_compressed(out_dir / path.name, **arrays)  # type: ignore[arg-type]
         fields.append({"field": path.name, **row})
         _LOG.info(
             "%s: %d of %d found, %d deblended, %.2f s.",
@@ -209,8 +212,8 @@ def evaluate_fields(
 
 def _evaluate_field(
     field: FieldFile, network: Network, detect: bool, config: DeblendConfig | None
-) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """Deblend one field: its objects' images on the truth's stamps, and what the summary counts."""
+) -> tuple[dict[str, NDArray], dict[str, Any]]:
+    """Deblend one field: images on the truth's stamps and fluxes, and what the summary counts."""
     scene = field.scene(network.metadata.pixel_scale, detect)
     start = time.perf_counter()
     sources = deblend(scene, network, config).sources
@@ -228,6 +231,8 @@ def _evaluate_field(
     index = usable[index]
 
     model = np.full(field.stamp.shape, np.nan, np.float32)
+    flux, flux_err = np.full((2, *field.stamp.shape[:2]), np.nan)
+    flux[truth_index], flux_err[truth_index] = sources.flux[index], sources.flux_err[index]
     for i, t in zip(index, truth_index, strict=True):
         model[t] = _on_stamp(sources, i, field.stamp_y0[t], field.stamp_x0[t], field.stamp.shape[-1])
 
@@ -274,7 +279,7 @@ def _evaluate_field(
             "n_true_separate": int(separate.sum()),
             "n_matched_separate": int((separate & found).sum()),
         }
-    return model, row
+    return {"model": model, "flux": flux, "flux_err": flux_err}, row
 
 
 def _on_stamp(sources: SourceModels, i: int, y0: int, x0: int, size: int) -> NDArray[np.float32]:
