@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from lsst.meas.vaedeblend.cli import _recipe, main
 from lsst.meas.vaedeblend.network import NetworkError, _files, read_metadata
 from lsst.meas.vaedeblend.simulation.config import TrainingConfig
-from synthetic import write_tampered
+from synthetic import metadata, write_network, write_tampered
 from test_fields import FLUX, X, Y, write_field
 
 
@@ -117,13 +117,18 @@ def test_evaluate_fields(runner, network_path, tmp_path):
         (["--galaxies", "0"], "0 is not in the range x>=1"),
         (["--network", "hsc_grizy", "--survey", "LSST"], "0.168 arcsec wide, the data's 0.2 arcsec"),
         (["--survey", "DES"], "Unknown survey 'DES'; known are Euclid_NISP, Euclid_VIS, HSC, LSST"),
-        (["--network", "arcelin2020_lsst_prior"], "The deblender that belongs to it is arcelin2020_lsst."),
     ],
 )
 def test_a_demonstration_that_cannot_be(runner, tmp_path, arguments, message):
     result = runner.invoke(main, ["demo", str(tmp_path / "out"), *arguments])
     assert result.exit_code in (1, 2) and message in result.output
     assert isinstance(result.exception, SystemExit) and not (tmp_path / "out").exists()
+
+
+def test_a_demonstration_with_a_prior(runner, tmp_path):
+    path = write_network(tmp_path, metadata(name="n_prior", training={"samples": {"prior": 9}}))
+    result = runner.invoke(main, ["demo", str(tmp_path / "out"), "--network", str(path)])
+    assert result.exit_code == 1 and "The deblender that belongs to it is n." in result.output
 
 
 @pytest.mark.parametrize(
