@@ -25,7 +25,7 @@ from .adapters.fits_images import Images
 from .catalog import models_table, object_table, parent_table
 from .deblender import DeblendConfig, DeblendResult, deblend
 from .ground.flags import SOURCE_FLAGS
-from .ground.psf import FWHM_PER_SIGMA, adaptive_moments, moments_sigma
+from .ground.psf import FWHM_PER_SIGMA, psf_sigma
 from .network import Network, NetworkError, load_network
 from .posterior import sample_posterior
 from .redistribution import redistribute
@@ -161,7 +161,7 @@ def _check(images: Images, network: Network, config: DeblendConfig) -> None:
         raise ValueError("\n".join(problems))
     ranges = mine.training_range.get("noise") or {}
     low, high = mine.training_range.get("psf_fwhm") or (0.0, np.inf)
-    widths = FWHM_PER_SIGMA * moments_sigma(adaptive_moments(images.psf)) * images.pixel_scale
+    widths = FWHM_PER_SIGMA * psf_sigma(images.psf) * images.pixel_scale
     for band, width in zip(images.bands, widths, strict=True):
         if not low <= width <= high:
             _LOG.warning(

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from astropy.stats import mad_std, sigma_clipped_stats
 from numpy.typing import NDArray
-from scipy import ndimage
 
-from ...ground.peaks import detection_image
-from ...ground.psf import adaptive_moments, moments_sigma
+from ...ground.detection import detect
+from ...ground.psf import psf_sigma
 from ._files import Plane
 
 __all__ = ["check_shapes", "detected_pixels", "noise_doubts", "psf_problems", "sky_doubts", "sky_levels"]
@@ -32,18 +31,8 @@ _FREE_PIXELS = 500
 
 
 def detected_pixels(image: NDArray, variance: NDArray, valid: NDArray, psf: NDArray) -> NDArray[np.bool_]:
-    """Pixels that belong to a source in any band, (H, W): the only place that knows how they are found.
-
-    As the pipelines do it: 5 standard deviations after a Gaussian matched filter as wide as the PSF, in every
-    band by itself, grown by 2.4 times the PSF's width.
-    """
-    detected = np.zeros(image.shape[1:], bool)
-    for b, sigma in enumerate(moments_sigma(adaptive_moments(psf))):
-        one = slice(b, b + 1)
-        significant = detection_image(image[one], variance[one], valid[one], sigma) > 5.0
-        if significant.any():
-            detected |= ndimage.distance_transform_edt(~significant) <= 2.4 * sigma
-    return detected
+    """Pixels that belong to a source in any band, (H, W): the only place that knows how they are found."""
+    return detect(image, variance, valid, psf_sigma(psf)).detected.any(axis=0)
 
 
 def check_shapes(planes: dict[str, dict[str, Plane]], bands: Sequence[str], problems: list[str]) -> None:
