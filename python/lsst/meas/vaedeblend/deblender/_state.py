@@ -39,6 +39,10 @@ def _stepwise(factor: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.maximum(np.rint(factor / _STEP) * _STEP, 1.0)
 
 
+_PRECISE = 1e4
+"""Inverse variance, in units of the band's median, above which a pixel's variance is an error."""
+
+
 class State:
     """Where one run of the procedure stands, on one scene whose bands are the network's.
 
@@ -94,6 +98,9 @@ class State:
         """Leave out pixels whose values are no measurements, and keep a copy of the image without them."""
         with np.errstate(over="ignore", invalid="ignore"):
             wild = self.valid & ~(np.abs(self.scene.image) * np.sqrt(self.weight) < _LARGEST)
+        for band, weight in enumerate(self.weight):
+            if self.valid[band].any():
+                wild[band] |= weight > _PRECISE * np.median(weight[self.valid[band]])
         self.image = self.scene.image
         if wild.any():
             self.valid &= ~wild

@@ -20,7 +20,7 @@ SOURCE_FLAGS: dict[str, str] = {
     "missing_band": "A band has no valid pixel under the model, or no PSF; its flux is NaN",
     "outside_training_range": "Noise or seeing is outside the range the network was trained on",
     "insignificant": "Removing the source would raise chi-square by less than its parameters cost",
-    "no_convergence": "Its parent reached the iteration limit",
+    "no_convergence": "Its fit still moved, or was stuck, when the procedure ended",
 }
 """Flags of sources: name to meaning."""
 

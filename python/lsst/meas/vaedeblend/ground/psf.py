@@ -34,6 +34,9 @@ __all__ = [
 FWHM_PER_SIGMA = 2.0 * np.sqrt(2.0 * np.log(2.0))
 """Full width at half maximum of a Gaussian of unit standard deviation."""
 
+# What the fit of a power law to wings starts from.
+_FIRST_SLOPE = 5.0
+
 # Stamps that adaptive_moments treats at once: bounds its scratch memory to some tens of MB.
 _CHUNK = 1024
 
@@ -276,12 +279,16 @@ def wings(stamps: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if not (inner.any() and outer.any()):
         return np.zeros(stamps.shape[:-2]), np.full(stamps.shape[:-2], 8.0)
     near, far = stamps[..., inner].mean(axis=-1), stamps[..., outer].mean(axis=-1)
-    # Of a power law the mean over a ring is its value at about the mean of the logarithms.
-    r_near, r_far = (np.exp(np.log(distance[ring]).mean()) for ring in (inner, outer))
     scatter = stamps[..., outer].std(axis=-1) / np.sqrt(outer.sum())
     known = (far > 3 * scatter) & (near > far)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slope = np.where(known, np.log(near / far) / np.log(r_far / r_near), 8.0)
+    slope = np.full(far.shape, _FIRST_SLOPE)
+    for _ in range(3):
+        # A power law has its mean over a ring at a radius that depends on its slope.
+        r_near, r_far = (
+            (distance[ring] ** -slope[..., None]).mean(axis=-1) ** (-1 / slope) for ring in (inner, outer)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slope = np.where(known, np.log(near / far) / np.log(r_far / r_near), 8.0)
     # Faster than that are no wings but the flank of the core: it leaves nothing to speak of.
     known &= slope <= 8.0
     slope = np.clip(slope, 3.0, 8.0)
