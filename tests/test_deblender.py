@@ -83,6 +83,7 @@ def test_blended_galaxies_are_recovered(result):
 def test_errors_of_the_models_soften_the_weights_of_the_refinement(blend, network):
     config = DeblendConfig()
     config.refinementModelError = 0.1
+    config.subtractSky = False
     state = State(blend, network, config)
     place_first(state)
     take_pass(state, [0, 1])
@@ -201,7 +202,8 @@ def test_cutouts_are_the_original_minus_the_other_sources(network, blend, monkey
         return original(self, image, *args, **options)
 
     monkeypatch.setattr(Network, "deblend", spy)
-    done = deblend(blend, network, DeblendConfig(minPasses=2, maxIterations=0, findNewPeaks=False))
+    config = DeblendConfig(minPasses=2, maxIterations=0, findNewPeaks=False, subtractSky=False)
+    done = deblend(blend, network, config)
     peaks = np.array([[X[3], *X[:3]], [Y[3], *Y[:3]]]).T
     corner = np.rint(peaks).astype(int) - 32
     # At first nothing is known of the others.

@@ -591,7 +591,7 @@ def test_diagnostics_of_sources(pixels):
     scale, inverse = rng.normal(0, 2, (n, BANDS)), rng.uniform(0.5, 2, (n, BANDS))
     total, valid = rng.normal(0, 3, image.shape).astype(np.float32), weight > 0
     found = kernels.diagnostics(image, weight, valid, total, pools[16], slots[16], *places(), scale, inverse)
-    own, mixed, whole, seen, chi2 = found
+    own, mixed, whole, seen, chi2, foreign = found
     for k, (y, x) in enumerate(STARTS):
         stamp = pools[16][slots[16][k]] * scale[k][:, None, None]
         model, positive = pasted(stamp, y, x), pasted(np.maximum(stamp, 0), y, x)
@@ -602,6 +602,10 @@ def test_diagnostics_of_sources(pixels):
         np.testing.assert_allclose(seen[k], (positive * valid).sum((1, 2)), rtol=1e-4, atol=1e-5)
         expected = (positive * image**2 * weight * valid).sum()
         np.testing.assert_allclose(chi2[k], expected, rtol=1e-4, atol=1e-3)
+        square = (model**2 * weight * valid).sum((1, 2))
+        others = (model * (total - model) * weight * valid).sum((1, 2))
+        expected = np.where(square > 0, others / np.where(square > 0, square, 1), 0)
+        np.testing.assert_allclose(foreign[k], expected, rtol=1e-3, atol=1e-3)
 
 
 # Stamps

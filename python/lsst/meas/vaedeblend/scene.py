@@ -347,6 +347,8 @@ class Scene:
         Width of a pixel, arcsec.
     parents : `~collections.abc.Sequence` [`Parent`], optional
         Parents with their peaks.
+    others : `~collections.abc.Sequence` [`Parent`], optional
+        Parents that are not deblended: their pixels hold light, and say nothing of noise and sky.
     edge : array_like, (H, W), optional
         Whether a pixel is too close to the edge of the data for detection.
     origin : `tuple` [`int`], optional
@@ -369,6 +371,7 @@ class Scene:
         psf: PsfGrid,
         pixel_scale: float,
         parents: Sequence[Parent] = (),
+        others: Sequence[Parent] = (),
         edge: ArrayLike | None = None,
         origin: tuple[int, int] = (0, 0),
     ) -> None:
@@ -395,7 +398,7 @@ class Scene:
             )
         if not (np.isfinite(pixel_scale) and pixel_scale > 0):
             raise ValueError(f"The pixel scale should be a positive number of arcsec, not {pixel_scale}.")
-        self.parents = list(parents)
+        self.parents, self.others = list(parents), list(others)
         if len({p.id for p in self.parents}) != len(self.parents):
             raise ValueError("Two parents have the same id.")
         with np.errstate(invalid="ignore"):
@@ -473,6 +476,7 @@ class Scene:
             psf=self.psf.select(order),
             pixel_scale=self.pixel_scale,
             parents=self.parents,
+            others=self.others,
             edge=self.edge,
             origin=self.origin,
         )

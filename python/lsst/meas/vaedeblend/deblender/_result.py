@@ -75,8 +75,8 @@ def assemble(state: State) -> DeblendResult:
     whole = np.nan_to_num(np.abs(flux))
     taken = (borrowed / r.noise[rows]).sum(axis=1) > _TOO_MUCH * (whole / r.noise[rows]).sum(axis=1)
     flags["bright_neighbour"] = active & taken
-    residual = state.residual if state.sky is None else state.residual + state.sky
-    residual = np.where(state.valid, residual, np.float32(0.0))
+    models = state.image - state.residual
+    residual = np.where(state.valid, scene.image - models, np.float32(0.0))
     sources = SourceModels(
         bands=scene.bands,
         network=state.metadata.name,

@@ -30,7 +30,7 @@ _LARGEST = 1e15
 _GROWTH = 4
 """Pixels around footprints that are not free of the light of sources."""
 
-_STEP = 0.05
+_STEP = 0.1
 """Steps of the factors of correlated noise: finer ones are not measured, and would let far pixels matter."""
 
 
@@ -63,7 +63,6 @@ class State:
         self.valid = scene.valid & has_psf[:, None, None]
         self.weight = scene.weight * has_psf[:, None, None]
         self._mask_absurd()
-        self._measure_background()
         self.usable = self.valid.any(axis=(1, 2))
         moments = psf.moments
         known = np.isfinite(moments).all(axis=2)
@@ -73,6 +72,7 @@ class State:
         self.moments = np.where(np.isfinite(moments), moments, stand_in)
         self.psf_sigma = moments_sigma(self.moments)
         self.detection_sigma = np.median(self.psf_sigma, axis=0)
+        self._measure_background()
         self.drawing = choose_drawing(network, self.renderer, self.moments)
         # Decrease of chi-square that a source must bring.
         self.cost = config.costPerParameter * (int(self.usable.sum()) + 5)
@@ -120,8 +120,7 @@ class State:
         spread = np.ones(bands)
         if config.measureNoiseCorrelation:
             correlation, _ = noise_correlation(self.image, self.weight, free)
-            sigma = np.nanmedian(moments_sigma(self.renderer.psf.moments), axis=0)
-            self.noise_factor = _stepwise(noise_factor(correlation, np.where(sigma > 0, sigma, 1.0)))
+            self.noise_factor = _stepwise(noise_factor(correlation, self.detection_sigma))
             spread = _stepwise(noise_factor(correlation, np.inf))
         if config.subtractSky and free.any():
             self.sky, _ = local_sky(self.image, self.weight, free, spread, prior=config.skyPrior)
@@ -131,7 +130,7 @@ class State:
     def _near_footprints(self) -> NDArray[np.bool_]:
         """Pixels in or next to a footprint, (H, W)."""
         detected = np.zeros(self.scene.shape, np.uint8)
-        for parent in self.scene.parents:
+        for parent in [*self.scene.parents, *self.scene.others]:
             window, inside = parent.window(self.scene.shape)
             detected[window][inside] = 1
         return ndimage.maximum_filter(detected, 2 * _GROWTH + 1).astype(bool)

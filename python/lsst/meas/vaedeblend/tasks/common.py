@@ -370,6 +370,7 @@ def deblend_patch(
     parents = list(scene.parents)
     skipped = skip_reasons(scene, masks, config)
     scene.parents = [parent for parent in parents if parent.id not in skipped]
+    scene.others = [parent for parent in parents if parent.id in skipped]
     used = [b for b, some in zip(scene.bands, scene.valid.any(axis=(1, 2)), strict=True) if some]
     what = f"{len(scene.parents)} parents"
     log.info(
