@@ -19,6 +19,8 @@ from .sky import BIN, binned, local_sky
 # Rounds of noise and sky on the pixels that are free. In the last one what is faint and wide is not free
 # either, sought with a filter so many times as wide; before, a sky that is not known yet would be that.
 _WIDE = (None, None, 4.0)
+# Limit for that, standard deviations: a false one costs some free pixels, a missed one is taken for sky.
+_FAINT = 3.0
 # Growth of what is not free, in units of the PSF's width.
 _MARGIN = 4.0
 
@@ -146,7 +148,7 @@ def _occupied(
         # Of squares of pixels: their mean in units of the inverse variance, and the variance of that.
         w = binned(weight[b])
         mean = np.divide(binned(image[b] * weight[b]), w, out=np.zeros_like(w), where=w > 0)
-        faint = significance_map(mean[None], BIN**2 * w[None] / far, wide * sigma[b] / BIN) > threshold
+        faint = significance_map(mean[None], BIN**2 * w[None] / far, wide * sigma[b] / BIN) > _FAINT
         occupied |= faint.repeat(BIN, 0).repeat(BIN, 1)[:height, :width]
     return _grown(occupied, _MARGIN * sigma.max())
 
