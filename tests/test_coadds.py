@@ -185,6 +185,18 @@ def test_an_error_knows_of_light_that_neighbours_have_under_a_source(network):
     np.testing.assert_allclose(told.flux_err[rows[0], 2], naive.flux_err[rows[0], 2], rtol=0.01)
 
 
+@pytest.mark.parametrize("distance", [4.1, 5.6, 7.0])
+def test_a_neighbour_without_a_peak_is_found_before_its_light_is_taken(network, distance):
+    first = source(80, 80, 1000, hlr=0.4, reach=22)
+    second = source(80 + distance, 80, 900, hlr=0.35, reach=22)
+    scene = simulate([first, second])
+    scene.parents[0].peaks = scene.parents[0].peaks[:1]
+    sources = deblend(scene, network).sources
+    assert len(sources) == 2
+    pull = (sources.flux[:, 2] - [first["flux"][2], second["flux"][2]]) / sources.flux_err[:, 2]
+    assert np.abs(pull).max() < 3
+
+
 @pytest.mark.parametrize("beta", [2.5, 3.5])
 def test_wings_of_a_moffat_profile_fall_as_its_power_law(beta):
     scale_radius = 4.0 / (2 * np.sqrt(2 ** (1 / beta) - 1))

@@ -150,7 +150,7 @@ class DeblendConfig(Config):
         doc="Relative error of the models that neighbouring pixels and bands share, as what the decoder "
         "cannot draw of a galaxy does. In the search for new peaks it is added in quadrature to the noise of "
         "the matched filter: a new peak has to stand out from the models' light under it.",
-        default=0.05,
+        default=0.01,
         min=0.0,
     )
     maxNewPeaks = RangeField(dtype=int, doc="Peaks tried at once in one parent.", default=8, min=1)

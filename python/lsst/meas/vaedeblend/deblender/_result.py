@@ -24,6 +24,9 @@ __all__ = ["DeblendResult", "assemble"]
 # Part of a source's flux that errors of its neighbours' models may make up before it is flagged.
 _TOO_MUCH = 0.25
 
+# Chi-square of a source above which its model is told to miss the pixels.
+_POOR = 2.0
+
 # Significance of the pixels that a source without a model from the network takes from the residual.
 _FALLBACK_SIGNIFICANCE = 2.0
 
@@ -75,6 +78,7 @@ def assemble(state: State) -> DeblendResult:
     whole = np.nan_to_num(np.abs(flux))
     taken = (borrowed / r.noise[rows]).sum(axis=1) > _TOO_MUCH * (whole / r.noise[rows]).sum(axis=1)
     flags["bright_neighbour"] = active & taken
+    flags["poor_fit"] = active & (np.nan_to_num(chi2) > _POOR)
     models = state.image - state.residual
     residual = np.where(state.valid, scene.image - models, np.float32(0.0))
     sources = SourceModels(
@@ -135,7 +139,7 @@ def _summarise(state: State, children: NDArray[np.int64]) -> ParentSummary:
     for p, (window, inside) in enumerate(state.windows):
         end[p] = state.chi2(p)
         weight = state.weight[:, *window][:, inside]
-        start[p] = (state.image[:, *window][:, inside].astype(float) ** 2 * weight).sum()
+        start[p] = (scene.image[:, *window][:, inside].astype(float) ** 2 * weight).sum()
         pixels[p] = np.count_nonzero(weight)
     shapes = np.array([p.footprint.shape for p in scene.parents], np.int64).reshape(-1, 2)
     return ParentSummary(

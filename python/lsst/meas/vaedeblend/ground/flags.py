@@ -16,6 +16,7 @@ SOURCE_FLAGS: dict[str, str] = {
     "fallback": "No model from the network: a point source and its share of what the image holds instead",
     "point_source": "The PSF explains the pixels better than a galaxy of the network: it is the model",
     "bright_neighbour": "Errors of the neighbours' models may make up a quarter of its flux or more",
+    "poor_fit": "The model misses the pixels under it: deblend_chi2 is above 2",
     "no_psf": "A PSF is missing here and that of the nearest cell was used, or its band has none",
     "missing_band": "A band has no valid pixel under the model, or no PSF; its flux is NaN",
     "outside_training_range": "Noise or seeing is outside the range the network was trained on",

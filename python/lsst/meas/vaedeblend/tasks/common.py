@@ -387,7 +387,7 @@ def deblend_patch(
         try:
             result = run_procedure(scene, network, config, log)
         finally:
-            scene.parents = parents
+            scene.parents, scene.others = parents, []
         posterior = sample_posterior(
             result.sources, network, scene.psf, _draws(network, config.posteriorSamples, log)
         )
