@@ -54,12 +54,10 @@ def test_modules_and_their_contents_exist(page):
     for name in set(re.findall(r"`~?lsst\.meas\.vaedeblend((?:\.\w+)+)`", page.read_text())):
         parts = name.strip(".").split(".")
         # What needs the stack cannot be imported everywhere: its file has to name it.
-        for k in range(len(parts), 0, -1):
+        for k in range(len(parts), -1, -1):
             file = PACKAGE.joinpath(*parts[:k])
             if file.is_dir() or file.with_suffix(".py").is_file():
                 break
-        else:
-            raise AssertionError(name)
         if parts[k:]:
             text = (file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text()
             assert re.search(rf"\b{parts[k]}\b", text), name

@@ -296,9 +296,15 @@ def export(config: Path, data: Path, run: Path, out: Path, step: str) -> None:
     from .simulation.config import load_config
     from .training.export import export_network
 
+    # The card names the commands with their files' names, not with where they happened to lie.
+    name = f"config/training/{config.name}"
+    option = "" if step == "deblender" else f" --step {step}"
+    command = "\n".join(
+        f"vaedeblend {line}"
+        for line in (f"simulate {name} DATA", f"train {name} DATA RUN", f"export {name} DATA RUN OUT{option}")
+    )
     with _failures():
-        settings = load_config(config)
-        path = export_network(settings, data, run, out, _recipe(config.name, settings, step), step)
+        path = export_network(load_config(config), data, run, out, command, step)
     click.echo(f"Network: {path}")
 
 
@@ -466,27 +472,6 @@ def paper(
     click.echo(f"Report: {out / 'paper.html'}")
 
 
-def _recipe(file: str, settings: Any, step: str) -> str:
-    """The commands that make a network, for its card.
-
-    Files are named as they are in the repository, not where they happened to lie; whose weights a step
-    started from is in the configuration.
-    """
-    name = f"config/training/{file}"
-    prior, deblender = settings.prior.base, settings.deblender.base
-    # A deblender from other weights, whose prior is from none, has kept the decoder that came with them.
-    alone = "prior" if step == "prior" else "deblender" if deblender and not prior else None
-    options = f" --step {alone}" if alone else ""
-    if prior:
-        options += f" --initial-prior WEIGHTS_OF_{prior}"
-    if deblender and step == "deblender":
-        options += f" --initial WEIGHTS_OF_{deblender}"
-    of = "" if step == "deblender" else f" --step {step}"
-    return f"""vaedeblend simulate {name} DATA
-vaedeblend train {name} DATA RUN{options}
-vaedeblend export {name} DATA RUN OUT{of}"""
-
-
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
     """Keep a logger's small talk back, which would tear a progress bar, unless details were asked for."""
@@ -560,7 +545,9 @@ class _failures:
     def __exit__(self, kind, error, traceback) -> None:
         from .network import NetworkError
 
-        if error is None or logging.getLogger("lsst.meas.vaedeblend").isEnabledFor(logging.DEBUG):
+        in_detail = logging.getLogger("lsst.meas.vaedeblend").isEnabledFor(logging.DEBUG)
+        # A pipe that was closed, as by `head`, is click's matter.
+        if error is None or in_detail or isinstance(error, BrokenPipeError):
             return
         # Those of other packages are recognised by their names: importing them would import the packages.
         by_name = {"PipetaskError", "MisconfigurationException"}
