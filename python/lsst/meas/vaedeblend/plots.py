@@ -184,7 +184,7 @@ def _draw_row(figure: Any, axes: Any, view: _View, rows: NDArray[np.int64]) -> N
         from matplotlib.patheffects import withStroke
 
         # Legible on bright galaxies too.
-        outline = [withStroke(linewidth=1.5, foreground="black")]
+        outline = [withStroke(linewidth=1.0, foreground="black")]
         for row in rows:
             axes[0].annotate(
                 str(sources.id[row]),
@@ -192,7 +192,7 @@ def _draw_row(figure: Any, axes: Any, view: _View, rows: NDArray[np.int64]) -> N
                 xytext=(3, 3),
                 textcoords="offset points",
                 color="yellow",
-                fontsize=6,
+                fontsize=7.5 if len(rows) < 60 else 6,
                 clip_on=True,
                 path_effects=outline,
             )

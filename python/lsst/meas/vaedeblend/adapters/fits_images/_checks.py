@@ -26,7 +26,7 @@ ratios of 0.7 to 1.4 (coadds of simulated and of real surveys), a weight map one
 SKY_LIMIT, SKY_WARNING = 1.0, 0.25
 """Median of the source-free pixels, in standard deviations of a pixel, that is refused, and warned about."""
 
-_FREE_PIXELS = 500
+_FREE_PIXELS = 100
 """Source-free pixels below which nothing is said about the sky."""
 
 
@@ -176,8 +176,8 @@ def sky_doubts(
             )
         elif abs(level) > SKY_WARNING:
             _LOG.warning(
-                "%s: the source-free pixels have a median of %+.2f standard deviations; fluxes take in such "
-                "sky.",
+                "%s: the source-free pixels have a median of %+.2f standard deviations: sky was left in, or "
+                "light of sources.",
                 where,
                 level,
             )
