@@ -70,7 +70,7 @@ def test_the_command_reads_the_repository(repository, network_path, tmp_path):
     result = CliRunner().invoke(main, ["compare", what, "sep", str(tmp_path), "--network", str(network_path)])
     assert result.exit_code == 0, result.output
     text = (tmp_path / "compare.html").read_text()
-    assert "1 patch without truth" in text and "0_3, (" in text
+    assert "1 patch without truth" in text and "0_3, object " in text
     # The run's own time and the stored models' size.
     cells = text.split("<h2 id='fates'>")[1].split("<td>")
     assert cells[1].startswith("vae<") and float(cells[3].split("<")[0]) >= 0

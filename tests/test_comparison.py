@@ -20,7 +20,7 @@ from lsst.meas.vaedeblend.evaluation.comparison.entrants import (
     parse_entrant,
 )
 from lsst.meas.vaedeblend.evaluation.comparison.matching import match_lists, separations
-from lsst.meas.vaedeblend.evaluation.comparison.measures import measure_objects, measure_pairs
+from lsst.meas.vaedeblend.evaluation.comparison.measures import Light, measure_objects, measure_pairs
 from lsst.meas.vaedeblend.evaluation.comparison.patches import load_npz, read_patches
 from lsst.meas.vaedeblend.evaluation.comparison.repository import is_tables, load_tables
 from lsst.meas.vaedeblend.evaluation.comparison.result import compare_entrants
@@ -100,7 +100,7 @@ def test_what_has_no_partner():
 
 
 def test_the_truth_leaves_noise_and_has_its_blendedness(patch, both):
-    right = measure_objects(both[0], patch)
+    right = measure_objects(Light(both[0], patch))
     np.testing.assert_allclose(right["chi2"], 1.0, atol=0.15)
     np.testing.assert_allclose(right["flux"], FLUX, rtol=1e-3)
     total = np.hypot(X[0] - X[1], Y[0] - Y[1])
@@ -108,11 +108,11 @@ def test_the_truth_leaves_noise_and_has_its_blendedness(patch, both):
     # The two that overlap, the one alone.
     assert (right["deblend_blendedness"][:2] > 0.003).all() and abs(right["deblend_blendedness"][2]) < 1e-4
     np.testing.assert_allclose(right["centroid_x"][:3], X[:3], atol=0.1)
-    assert measure_objects(both[1], patch)["chi2"][0] > 2
+    assert measure_objects(Light(both[1], patch))["chi2"][0] > 2
 
 
 def test_pairs_know_by_how_much_they_differ(patch, both):
-    matches, columns = measure_pairs(*both, patch, 3.0)
+    matches, columns = measure_pairs(*(Light(e, patch) for e in both), 3.0)
     assert matches.first.tolist() == [0, 1, 2, 3]
     np.testing.assert_allclose(columns["flux"], 0.5, rtol=1e-4)
     np.testing.assert_allclose(columns["aperture"], 0.5, rtol=1e-4)
@@ -292,6 +292,24 @@ def test_files_that_are_not_sound_are_refused(directory, patch, tmp_path):
         read_patches(path, 0.2)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_who_finds_nothing_takes_part_and_dead_bands_do_no_harm(directory, tmp_path):
+    arrays = load_npz(directory / "field_00.npz")
+    arrays["bands"] = np.array(["J", "$H_", "K<"])
+    arrays["variance"][0] = np.inf
+    arrays["image"][:, :40] = np.nan
+    for name, model in (("none", np.nan * arrays["stamp"]), ("dark", -arrays["stamp"])):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "field_00.npz", model=model)
+    np.savez(tmp_path / "field_00.npz", **arrays)
+    spec = [str(tmp_path / "none"), str(tmp_path / "dark"), "sep"]
+    comparison = compare(spec, tmp_path / "out", truth=str(tmp_path))
+    assert comparison.costs[0]["objects"] == 0 and comparison.fates[0]["missed"] == 4
+    assert comparison.fates[1]["matched"] == 4 and not comparison.errors[1]["found"].any()
+    text = (tmp_path / "out" / "compare.html").read_text()
+    assert "K&lt;" in text and "K<" not in text and "No verdict" in text
+
+
 def test_huge_files_are_refused(directory, monkeypatch):
     from lsst.meas.vaedeblend.evaluation.comparison import patches
 
@@ -319,7 +337,7 @@ def test_scarlet_files_take_part(shared):
     np.testing.assert_array_equal(stamp.pixels, image)
     # An isolated source is the coadd in its footprint, and no model.
     assert entrant.is_model.sum() == len(models.sources())
-    lone = measure_objects(entrant, patches[0])["chi2"][len(models.sources()) :]
+    lone = measure_objects(Light(entrant, patches[0]))["chi2"][len(models.sources()) :]
     assert len(lone) == len(models.isolated) and np.isnan(lone).all()
 
 

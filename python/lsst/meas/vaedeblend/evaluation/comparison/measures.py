@@ -6,6 +6,7 @@ from __future__ import annotations
 
 __all__ = [
     "APERTURE",
+    "Light",
     "colour_bands",
     "measure_objects",
     "measure_pairs",
@@ -51,8 +52,16 @@ def _ratio(a: NDArray | float, b: NDArray | float) -> NDArray[np.float64]:
         return np.asarray(a, float) / np.asarray(b, float)
 
 
-class _Light:
-    """An entrant's images with what they sum up to, and the coadd shared out among them."""
+class Light:
+    """An entrant's images with what they sum up to, and the coadd shared out among them.
+
+    Parameters
+    ----------
+    entrant : `Entrant`
+        The entrant.
+    patch : `Patch`
+        Its patch.
+    """
 
     def __init__(self, entrant: Entrant, patch: Patch) -> None:
         scene = patch.scene
@@ -98,15 +107,13 @@ def _centroid(pixels: NDArray, y0: int, x0: int, x: float, y: float) -> tuple[fl
     return float((light * xx).sum() / total) + x0, float((light * yy).sum() / total) + y0
 
 
-def measure_objects(entrant: Entrant, patch: Patch) -> dict[str, NDArray]:
+def measure_objects(light: Light) -> dict[str, NDArray]:
     """Measure an entrant's objects.
 
     Parameters
     ----------
-    entrant : `Entrant`
-        The entrant.
-    patch : `Patch`
-        Its patch.
+    light : `Light`
+        The entrant on its patch.
 
     Returns
     -------
@@ -119,10 +126,9 @@ def measure_objects(entrant: Entrant, patch: Patch) -> dict[str, NDArray]:
         pixels), ``centroid_x``, ``centroid_y`` (of the light in the circle, reference band), ``separation``
         (to the nearest other object, pixel).
     """
-    scene, n = patch.scene, len(entrant)
-    bands = len(scene.bands)
+    entrant, scene = light.entrant, light.scene
+    n, bands = len(entrant), len(scene.bands)
     b = scene.bands.index(reference_band(scene.bands))
-    light = _Light(entrant, patch)
     out = {key: np.full(n, np.nan) for key in ("snr", "deblend_blendedness", "chi2")}
     out |= {key: np.full(n, np.nan) for key in ("centroid_x", "centroid_y")}
     sums = {key: np.full((n, bands), np.nan) for key in ("aperture", "redistributed")}
@@ -157,15 +163,13 @@ def measure_objects(entrant: Entrant, patch: Patch) -> dict[str, NDArray]:
     }
 
 
-def measure_pairs(a: Entrant, b: Entrant, patch: Patch, radius: float) -> tuple[Matches, dict[str, NDArray]]:
+def measure_pairs(light_a: Light, light_b: Light, radius: float) -> tuple[Matches, dict[str, NDArray]]:
     """Compare two entrants object by object.
 
     Parameters
     ----------
-    a, b : `Entrant`
-        The entrants.
-    patch : `Patch`
-        Their patch.
+    light_a, light_b : `Light`
+        The entrants on their patch.
     radius : `float`
         Largest distance of a pair, pixel.
 
@@ -181,7 +185,7 @@ def measure_pairs(a: Entrant, b: Entrant, patch: Patch, radius: float) -> tuple[
         difference over variance, over that of the brighter one: 0 for equal images), ``shift`` (distance of
         the positions, pixel), ``snr`` (of the first, reference band), ``mag`` (of the first).
     """
-    scene = patch.scene
+    a, b, scene = light_a.entrant, light_b.entrant, light_a.scene
     if a.truth_row is not None and b.truth_row is not None:
         both, first, second = np.intersect1d(a.truth_row, b.truth_row, return_indices=True)
         nothing = np.empty(0, np.int64)
@@ -199,7 +203,6 @@ def measure_pairs(a: Entrant, b: Entrant, patch: Patch, radius: float) -> tuple[
     r = scene.bands.index(reference_band(scene.bands))
     c0, c1 = colour_bands(scene.bands)
     weight = np.nan_to_num(1 / scene.noise**2)[:, None, None]
-    light_a, light_b = _Light(a, patch), _Light(b, patch)
     flux_a, flux_b = a.own_flux[matches.first], b.own_flux[matches.second]
     sums = {key: np.full((count, bands), np.nan) for key in ("aperture", "redistributed")}
     out = {key: np.full(count, np.nan) for key in ("overlap", "disagreement", "snr")}
@@ -266,16 +269,16 @@ def true_properties(patch: Patch, truth: Truth) -> dict[str, NDArray]:
 
 
 def measure_truth(
-    entrant: Entrant, patch: Patch, true: dict[str, NDArray], radius: float
+    light: Light, truth: Truth, true: dict[str, NDArray], radius: float
 ) -> tuple[Matches, dict[str, NDArray]]:
     """Measure an entrant's errors against the truth.
 
     Parameters
     ----------
-    entrant : `Entrant`
-        The entrant.
-    patch : `Patch`
-        Its patch, with truth.
+    light : `Light`
+        The entrant on its patch.
+    truth : `Truth`
+        The true objects.
     true : `dict` [`str`, `numpy.ndarray`]
         What `true_properties` gave.
     radius : `float`
@@ -296,8 +299,7 @@ def measure_truth(
     """
     from ...simulation.ksb import ksb_shape
 
-    scene, truth = patch.scene, patch.truth
-    assert truth is not None, "only called with truth"
+    entrant, scene = light.entrant, light.scene
     n, bands, size = len(truth), len(scene.bands), truth.stamp.shape[-1]
     b = scene.bands.index(reference_band(scene.bands))
     c0, c1 = colour_bands(scene.bands)
@@ -308,7 +310,6 @@ def measure_truth(
     else:
         position = np.column_stack([entrant.x, entrant.y])
         matches = match_lists(np.column_stack([truth.x, truth.y]), position, radius)
-    light = _Light(entrant, patch)
     psf = scene.psf.filled()
     out = {key: np.full(n, np.nan) for key in ("flux", "aperture", "redistributed", "colour", "cosine")}
     out["shift"] = np.full(n, np.nan)

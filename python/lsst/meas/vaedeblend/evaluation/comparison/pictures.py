@@ -70,6 +70,12 @@ def plots(comparison: Comparison) -> list[Plot]:
     return out + _pair_plots(comparison)
 
 
+def _legend(axes: Axes, left: bool = False) -> None:
+    """A legend, where there is anything to name."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", loc="upper left" if left else "best")
+
+
 def _log_axis(axes: Axes, edges: NDArray) -> None:
     """A logarithmic x axis over some bins, with plain numbers, few enough not to touch."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
@@ -134,7 +140,7 @@ def _truth_plots(comparison: Comparison) -> list[Plot]:
                 axes.set(xlabel=label, ylabel="measured / true - 1", ylim=(-1, 1.5))
                 if log:
                     _log_axis(axes, edges)
-                axes.legend(fontsize="small")
+                _legend(axes)
 
             sample = "all objects found" if by == "snr" else f"objects found, S/N above {SNR_LIMIT:g}"
             out.append(
@@ -156,7 +162,7 @@ def _truth_plots(comparison: Comparison) -> list[Plot]:
             axes.set(xlabel=label, ylabel="completeness", ylim=(-0.03, 1.05))
             if log:
                 _log_axis(axes, edges)
-            axes.legend(fontsize="small", loc="best")
+            _legend(axes)
 
         out.append(
             _draw(
@@ -177,6 +183,8 @@ def _truth_plots(comparison: Comparison) -> list[Plot]:
             for k, (name, error) in enumerate(zip(names, comparison.errors, strict=True)):
                 values = error[key][bright].ravel()
                 values = np.clip(values[np.isfinite(values)], lower, upper)
+                if not len(values):
+                    continue
                 axes.hist(
                     values,
                     np.linspace(lower, upper, 41).tolist(),
@@ -188,7 +196,7 @@ def _truth_plots(comparison: Comparison) -> list[Plot]:
                     label=_plain(name),
                 )
             axes.set(xlabel=label, ylabel="density")
-            axes.legend(fontsize="small", loc="upper left")
+            _legend(axes, left=True)
 
         text = f"Objects found with S/N above {SNR_LIMIT:g}; the outermost bins hold what lies beyond."
         out.append(_draw(f"Distribution: {label}", text, histogram))
@@ -213,7 +221,7 @@ def _truth_plots(comparison: Comparison) -> list[Plot]:
                     label=_plain(name),
                 )
             axes.set(xlabel="(flux - true flux) / its error", ylabel="density")
-            axes.legend(fontsize="small", loc="upper left")
+            _legend(axes, left=True)
 
         text = f"All bands, S/N above {SNR_LIMIT:g}; the outermost bins hold what lies beyond."
         out.append(_draw("Pulls of the fluxes", text, pulls))
@@ -266,7 +274,7 @@ def _purity_plots(comparison: Comparison) -> list[Plot]:
             axes.set(xlabel=label, ylabel="purity", ylim=(-0.03, 1.05))
             if log:
                 _log_axis(axes, edges)
-            axes.legend(fontsize="small", loc="best")
+            _legend(axes)
 
         out.append(
             _draw(
@@ -397,11 +405,15 @@ class Cutouts:
         scene = place.scene
         box = (round(y) - HALF, round(x) - HALF, 2 * HALF + 1, 2 * HALF + 1)
 
+        # A band without a valid pixel has no noise and shows nothing.
+        known = scene.noise[np.isfinite(scene.noise)]
+        noise = np.nan_to_num(scene.noise, nan=float(known.mean()) if len(known) else 1.0)
+
         def rgb(pixels: NDArray) -> bytes:
-            return _png(colour(pixels, scene.bands, scene.noise))
+            return _png(colour(pixels, scene.bands, noise))
 
         image = Stamp(scene.image, 0, 0).on(*box)
-        faded = (0.6 * colour(image, scene.bands, scene.noise)).astype(np.uint8)
+        faded = (0.6 * colour(image, scene.bands, noise)).astype(np.uint8)
         panels = [("coadd", rgb(image)), ("objects", _png(faded))]
         if truth_row >= 0 and place.truth is not None:
             t = place.truth

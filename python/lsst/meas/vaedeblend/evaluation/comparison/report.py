@@ -48,7 +48,8 @@ th:first-child{z-index:2}
 th button{font:inherit;font-weight:bold;text-align:inherit;background:none;border:0;padding:0;cursor:pointer}
 td.same{color:#666}.win0{background:#dcebf7}.win1{background:#fbe3d3}.win2{background:#d8f0e7}
 .win3{background:#f6e3ee}.win4{background:#e2f2fb}.win5{background:#fbefd3}
-.plots{display:flex;flex-wrap:wrap;gap:1rem}.plots figure{flex:1 1 19rem;max-width:30rem;margin:0}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1rem}
+.plots figure{margin:0}
 .plots img{width:100%;height:auto}figcaption{font-size:.82rem;color:#444}
 .cuts{display:flex;flex-wrap:wrap;gap:.4rem}.cuts figure{margin:0;width:8.6rem}
 .cut{position:relative;width:8.6rem;height:8.6rem;background:#000}
@@ -270,7 +271,10 @@ def _verdicts(c: Comparison, entrants: Sequence[Sequence[Entrant]]) -> list[str]
             )
         )
     if not (c.verdicts or residuals):
-        parts.append(f"<p>There are too few objects for any verdict (fewer than {MIN_COUNT}).</p>")
+        parts.append(
+            f"<p>No verdict: fewer than {MIN_COUNT} objects that a pair has in common and that both have "
+            "models of, rather than pixels of the coadd, which leave no residual.</p>"
+        )
     return parts
 
 
@@ -419,7 +423,7 @@ def _entry(c: Comparison, patch: int, rows: list[int], number: int, status: str)
         "disagreement": float(pair.columns["disagreement"][number]) if number >= 0 else 1.0,
         "status": status,
         "pair": number,
-        "id": [int(columns["id"][at])],
+        "id": int(columns["id"][at]),
     }
 
 
@@ -459,7 +463,7 @@ def _anchor(number: int) -> str:
 
 
 def _name(c: Comparison, entry: dict[str, Any]) -> str:
-    return f"{c.patches[entry['patch']]}, ({entry['x']:.1f}, {entry['y']:.1f})"
+    return f"{c.patches[entry['patch']]}, object {entry['id']} at ({entry['x']:.1f}, {entry['y']:.1f})"
 
 
 def _worst(
@@ -519,7 +523,7 @@ def _describe(c: Comparison, entry: dict[str, Any]) -> str:
         text = ""
         if entry["rows"][k] >= 0 and t >= 0 and np.isfinite(c.errors[k]["flux"][t]):
             percent = round(100 * float(c.errors[k]["flux"][t]))  # as an integer: no -0
-            text = f"flux {percent:+d} %"
+            text = f"flux {percent:+d}\u00a0%"
         elif entry["rows"][k] >= 0:
             mag = _pick(c.objects[k], np.array([entry["patch"]]), np.array([entry["rows"][k]]), "mag")[0]
             text = f"{c.band} = {mag:.2f}"
@@ -599,8 +603,9 @@ def _objects(c: Comparison, entries: Sequence[dict[str, Any]]) -> list[str]:
     parts = [
         "<h2 id='objects'>Objects</h2>",
         f"<p>{len(rows)} of {len(entries)} objects of {_escape(a)} and {_escape(b)}, those in dispute first; "
-        "a click on a heading sorts, and the first column leads to the pictures. Ratios are of fluxes in "
-        f"{_escape(c.band)}, flux errors are measured / true - 1.</p>",
+        "a click on a heading sorts, and the first column leads to the pictures. Positions count from the "
+        "patch's first pixel; identifiers are the first deblender's that has the object. Ratios are of "
+        f"fluxes in {_escape(c.band)}, flux errors are measured / true - 1.</p>",
     ]
     parts.append(_table(header, rows, sortable=True, tall=True) if rows else "<p>There is none.</p>")
     return parts

@@ -13,6 +13,7 @@ __all__ = [
     "repository_patches",
 ]
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from ...sources import SourceModels
 from ..metrics import run_seconds
 from .entrants import Entrant, from_models
 from .patches import Patch
+
+_LOG = logging.getLogger("lsst.meas.vaedeblend.evaluation.comparison")
 
 _LABEL = "vaeDeblend"
 _MODELS = "object_vae_models"
@@ -86,6 +89,7 @@ def repository_patches(what: str, network: str | None = None, coadd: str = "deep
         for name, ref in _models(butler).items():
             table = butler.get(ref)
             if not len(table):
+                _LOG.warning("Patch %s is left out: no object has a model there.", name)
                 continue
             bands = read_metadata(network or str(table["network"][0])).bands
             coadds = {}

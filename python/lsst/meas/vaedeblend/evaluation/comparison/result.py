@@ -17,7 +17,7 @@ from ...ground.bands import reference_band
 from ..metrics import MATCH_RADIUS, SNR_LIMIT
 from .entrants import Entrant
 from .matching import Matches
-from .measures import colour_bands, measure_objects, measure_pairs, measure_truth, true_properties
+from .measures import Light, colour_bands, measure_objects, measure_pairs, measure_truth, true_properties
 from .patches import Patch
 from .statistics import (
     Verdict,
@@ -166,7 +166,7 @@ class Comparison:
         for name, columns in zip(self.names, self.objects, strict=True):
             table = Table()
             table["entrant"] = np.full(len(columns["x"]), name)
-            table["patch"] = np.array(self.patches)[columns["patch"]] if len(columns["x"]) else []
+            table["patch"] = np.array(self.patches)[columns["patch"]]
             for key in ("id", "x", "y", "centroid_x", "centroid_y", "separation"):
                 table[key] = columns[key]
             for key in ("x", "y", "centroid_x", "centroid_y", "separation"):
@@ -281,39 +281,48 @@ def _measure(patches: Sequence[Patch], entrants: Sequence[Sequence[Entrant]], ra
     if any(known) and not all(known):
         raise ValueError("Some patches have truth and others have none.")
 
-    objects = [_join([measure_objects(e, p) for e, p in zip(own, patches, strict=True)]) for own in entrants]
+    # Patch by patch, so that the images of one patch at a time are in memory.
+    count = len(entrants)
+    measured: list[list[Columns]] = [[] for _ in range(count)]
+    compared: list[list[tuple[Matches, Columns]]] = [[] for _ in entrant_pairs(count)]
+    judged: list[list[tuple[Matches, Columns]]] = [[] for _ in range(count)]
+    properties: list[Columns] = []
+    for number, patch in enumerate(patches):
+        lights = [Light(own[number], patch) for own in entrants]
+        for k, light in enumerate(lights):
+            measured[k].append(measure_objects(light))
+        for p, (i, j) in enumerate(entrant_pairs(count)):
+            compared[p].append(measure_pairs(lights[i], lights[j], radius))
+        if patch.truth is not None:
+            place = {"x": patch.truth.x, "y": patch.truth.y, "row": np.arange(len(patch.truth))}
+            properties.append({**true_properties(patch, patch.truth), **place})
+            for k, light in enumerate(lights):
+                judged[k].append(measure_truth(light, patch.truth, properties[-1], radius))
+    objects = [_join(parts) for parts in measured]
     costs = []
     for own, columns in zip(entrants, objects, strict=True):
-        count = len(columns["x"])
+        n_objects = len(columns["x"])
         bright = columns["chi2"][columns["snr"] > SNR_LIMIT]
         costs.append(
             {
-                "objects": count,
-                "seconds": sum(e.seconds for e in own) / count if count else np.nan,
-                "bytes": sum(e.n_bytes for e in own) / count if count else np.nan,
+                "objects": n_objects,
+                "seconds": sum(e.seconds for e in own) / n_objects if n_objects else np.nan,
+                "bytes": sum(e.n_bytes for e in own) / n_objects if n_objects else np.nan,
                 "chi2": with_error(median, bright),
                 "n_models": int(np.isfinite(bright).sum()),
             }
         )
-    pairs = [_pair(patches, entrants, i, j, objects, radius) for i, j in entrant_pairs(len(names))]
+    pairs = [_pair(i, j, found, bands) for (i, j), found in zip(entrant_pairs(count), compared, strict=True)]
     true: Columns | None = None
     errors: list[Columns] = []
     fates: list[dict[str, int | None]] = []
     coverages: list[dict[str, Any]] = []
     verdicts: dict[str, tuple[int, list[Verdict]]] = {}
     if all(known):
-        properties = []
-        for patch in patches:
-            assert patch.truth is not None
-            place = {"x": patch.truth.x, "y": patch.truth.y, "row": np.arange(len(patch.truth))}
-            properties.append({**true_properties(patch, patch.truth), **place})
         true = _join(properties)
         for number, own in enumerate(entrants):
-            measured = [
-                measure_truth(e, p, t, radius) for e, p, t in zip(own, patches, properties, strict=True)
-            ]
-            columns = _join([c for _, c in measured])
-            counts: dict[str, int | None] = {**_counts([m for m, _ in measured])}
+            columns = _join([c for _, c in judged[number]])
+            counts: dict[str, int | None] = {**_counts([m for m, _ in judged[number]])}
             if own[0].truth_row is not None:
                 counts |= {"split": None, "added": None}
             errors.append(columns)
@@ -348,18 +357,9 @@ def _counts(matches: Sequence[Matches]) -> dict[str, int]:
     return counts
 
 
-def _pair(
-    patches: Sequence[Patch],
-    entrants: Sequence[Sequence[Entrant]],
-    i: int,
-    j: int,
-    objects: Sequence[Columns],
-    radius: float,
-) -> Pair:
-    matches, parts, lonely = [], [], []
-    for a, b, patch in zip(entrants[i], entrants[j], patches, strict=True):
-        found, columns = measure_pairs(a, b, patch, radius)
-        matches.append(found)
+def _pair(i: int, j: int, measured: Sequence[tuple[Matches, Columns]], bands: Sequence[str]) -> Pair:
+    parts, lonely = [], []
+    for found, columns in measured:
         parts.append({**columns, "first": found.first, "second": found.second})
         rows = (found.merged, found.missed, found.split, found.added)
         sizes = [len(r) for r in rows]
@@ -372,7 +372,6 @@ def _pair(
         )
     columns = _join(parts)
     bright = columns["snr"] > SNR_LIMIT
-    bands = patches[0].scene.bands
-    colour = " - ".join(bands[k] for k in colour_bands(bands))
+    colour = " - ".join(bands[k] for k in colour_bands(tuple(bands)))
     differences = difference_table({key: value[bright] for key, value in columns.items()}, bands, colour)
-    return Pair(i, j, columns, _join(lonely), _counts(matches), differences)
+    return Pair(i, j, columns, _join(lonely), _counts([m for m, _ in measured]), differences)
