@@ -1,9 +1,11 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-# The first four commands set up what they need on a fresh machine, in a virtual environment of their own:
+# All commands but the last set up what they need on a fresh machine, in a virtual environment of their own:
 #   make demo    simulate a patch, deblend it under pipetask, draw it
 #   make test    check style and types, and run every test that needs no LSST stack
+#   make dist    build wheels and source distributions in dist/, and check them
+#   make dist-demo    install these wheels into an environment of its own, and run the demonstration from there
 #   make bench   measure speed, memory and accuracy; AGAINST=DIRECTORY compares with another checkout
 #   make docs    build the documentation, build/docs/index.html
 # The last runs in an LSST stack that has been set up, or that sourcing STACK_ENV sets up:
@@ -16,15 +18,35 @@ DEMO ?= demo
 # Many small arrays: threads of one process would only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test bench docs stack-test clean
+.PHONY: demo test dist dist-demo bench docs stack-test clean
 
 demo: $(VENV)/.runtime
 	$(VENV)/bin/vaedeblend demo --overwrite $(DEMO)
 
 test: $(VENV)/.test
-	$(VENV)/bin/ruff check python tests config benchmarks
+	$(VENV)/bin/ruff check python packages tests config benchmarks
+	$(VENV)/bin/towncrier build --draft --version next > /dev/null
 	$(VENV)/bin/mypy --python-executable $(VENV)/bin/python
 	$(VENV)/bin/python -m pytest -n 2 -m "not stack"
+
+PAPER = packages/meas_vaedeblend_paper
+
+dist: $(VENV)/.test
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/python -m build --outdir dist $(PAPER)
+	$(VENV)/bin/twine check --strict dist/*
+
+# Outside of the clone, so that nothing of it can be found by chance.
+dist-demo: dist
+	rm -rf $(VENV)-dist
+	$(PYTHON) -m venv $(VENV)-dist
+	unset PYTHONPATH && $(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check \
+	    "$$(echo $(CURDIR)/dist/meas_vaedeblend-*.whl)[cpu,evaluate]" dist/meas_vaedeblend_paper-*.whl
+	tmp=$$(mktemp -d) && cd $$tmp && unset PYTHONPATH MEAS_VAEDEBLEND_DIR \
+	    && $(abspath $(VENV))-dist/bin/vaedeblend info | grep -x 'lsst_ugrizy\|arcelin2020_transfer' \
+	    && $(abspath $(VENV))-dist/bin/vaedeblend path bps/deblend.yaml \
+	    && $(abspath $(VENV))-dist/bin/vaedeblend demo --galaxies 40 --cells 2 2 demo && rm -rf $$tmp
 
 BENCH = $(VENV)/bin/python benchmarks/bench.py
 VERSUS = $(if $(AGAINST),--against $(AGAINST))
@@ -51,7 +73,7 @@ $(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -e packages/meas_vaedeblend_paper
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.runtime
@@ -59,4 +81,4 @@ $(VENV)/.docs: $(VENV)/.runtime
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) build doc/api
+	rm -rf $(VENV) $(VENV)-dist $(DEMO) build dist doc/api

@@ -10,11 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from lsst.meas.vaedeblend.cli import main
+from lsst.meas.vaedeblend.ground.files import shipped_files
 from lsst.meas.vaedeblend.network import NetworkError, _files, read_metadata
 from synthetic import metadata, write_network, write_tampered
 from test_fields import FLUX, X, Y, write_field
@@ -39,6 +41,7 @@ def test_info_describes_networks_and_providers(runner, network_path, tmp_path, m
         shutil.copy(path, tmp_path)
     write_tampered(tmp_path / network_path.name)
     monkeypatch.setattr(_files, "_ARTEFACTS", tmp_path)
+    monkeypatch.setattr(_files, "_other_folders", lambda: ())
     result = runner.invoke(main, ["info"])
     assert result.exit_code == 0
     assert "CPUExecutionProvider" in result.output
@@ -50,8 +53,20 @@ def test_info_describes_networks_and_providers(runner, network_path, tmp_path, m
 
 def test_info_without_networks(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(_files, "_ARTEFACTS", tmp_path)
+    monkeypatch.setattr(_files, "_other_folders", lambda: ())
     result = runner.invoke(main, ["info"])
     assert result.exit_code == 0 and "No network ships" in result.output
+
+
+def test_files_that_ship_are_found(runner):
+    result = runner.invoke(main, ["path", "pipelines/deblend.yaml"])
+    assert result.exit_code == 0 and "VaeDeblendTask" in Path(result.output.strip()).read_text()
+    folder = Path(runner.invoke(main, ["path"]).output.strip())
+    assert (folder / "bps" / "deblend.yaml").is_file() and (folder / "config" / "gpu.py").is_file()
+    for name in ("pipelines/none.yaml", "network", "config/../artefacts"):
+        result = runner.invoke(main, ["path", name])
+        assert result.exit_code == 1 and "pipelines/LSSTCam/DRP-vaedeblend.yaml" in result.output
+    assert all((folder / name).is_file() for name in shipped_files())
 
 
 HEAVY = ("torch", "lightning", "galsim", "lsst.afw", "lsst.daf.butler", "matplotlib")

@@ -188,9 +188,92 @@ def test_missing_networks_are_refused_naming_the_shipped_ones(tmp_path):
 
 def test_shipped_networks_are_found_by_name(copy, monkeypatch):
     monkeypatch.setattr(_files, "_ARTEFACTS", copy.parent)
+    monkeypatch.setattr(_files, "_other_folders", lambda: ())
     assert shipped_networks() == ["synthetic"]
     assert resolve("synthetic") == copy
     assert Network.load("synthetic").metadata.name == "synthetic"
+
+
+def test_other_distributions_add_networks(copy, tmp_path, monkeypatch):
+    """By an entry point that names a package, which is not imported."""
+    package = tmp_path / "site" / "more_networks"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    for path in copy.parent.glob("synthetic*.onnx"):
+        shutil.copy(path, package / path.name.replace("synthetic", "another"))
+    information = tmp_path / "site" / "more-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: more\nVersion: 1.0\n")
+    points = "[meas_vaedeblend.artefacts]\nmore = more_networks\nbroken = nowhere.at.all\n"
+    (information / "entry_points.txt").write_text(points)
+    assert "another" not in shipped_networks()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    _files._other_folders.cache_clear()
+    try:
+        assert {"another", "lsst_ugrizy"} <= set(shipped_networks())
+        assert resolve("another") == package / "another.onnx"
+        with pytest.raises(NetworkError, match="neither a file"):
+            resolve("another_decoder")
+    finally:
+        monkeypatch.undo()
+        _files._other_folders.cache_clear()
+
+
+def test_a_missing_network_of_another_distribution_names_it(monkeypatch):
+    monkeypatch.setattr(_files, "_other_folders", lambda: ())
+    with pytest.raises(NetworkError, match="pip install meas_vaedeblend_paper"):
+        load_network("arcelin2020_lsst")
+
+
+@pytest.fixture
+def halves(network_path, tmp_path):
+    """The synthetic network without its drawing, which the decoder of a network of another name does."""
+    inputs = ["image", "valid", "noise", "psf_moments"]
+    extractor = onnx.utils.Extractor(onnx.load(network_path))
+    encoder = extractor.extract_model(inputs, ["latent_mean", "latent_sigma"]).SerializeToString()
+    decoder = synthetic.decoder_bytes(synthetic.metadata())
+    shared = synthetic.metadata(name="shared", kind="decoder")
+    (tmp_path / "shared_decoder.onnx").write_bytes(embed_metadata(decoder, shared))
+    own = synthetic.metadata(name="half", decoder="shared", decoder_sha256=graph_sha256(decoder))
+    (tmp_path / "half.onnx").write_bytes(embed_metadata(encoder, own))
+    return tmp_path / "half.onnx"
+
+
+def test_an_encoder_and_the_decoder_that_it_names_are_a_network(network, halves):
+    half = Network.load(halves, threads=1)
+    inputs = cutouts()
+    for epsilon in (None, np.random.default_rng(3).normal(size=(3, 6))):
+        for batch in (2, 128):
+            found = half.deblend(*inputs, epsilon, batch_size=batch)
+            expected = network.deblend(*inputs, epsilon)
+            np.testing.assert_array_equal(found.latent_mean, expected.latent_mean)
+            np.testing.assert_array_equal(found.latent_sigma, expected.latent_sigma)
+            np.testing.assert_allclose(found.model, expected.model, rtol=1e-5, atol=1e-6)
+    empty = half.deblend(*(np.asarray(a)[:0] for a in inputs))
+    assert empty.model.shape == (0, 3, 64, 64)
+    spoiled = inputs[0].copy()
+    spoiled[1] = np.nan
+    found = half.deblend(spoiled, *inputs[1:])
+    assert found.finite.tolist() == [True, False, True] and not found.model[1].any()
+    assert pickle.loads(pickle.dumps(half)).metadata == half.metadata
+
+
+def test_half_a_network_is_none(halves):
+    beside = halves.with_name("shared_decoder.onnx")
+    model = onnx.load(beside)
+    model.graph.node[-1].name = "another graph"
+    other = synthetic.metadata(name="shared", kind="decoder")
+    beside.write_bytes(embed_metadata(model.SerializeToString(), other))
+    with pytest.raises(NetworkError, match="SHA-256"):
+        Network.load(halves)
+    beside.unlink()
+    with pytest.raises(NetworkError, match="shared_decoder.onnx does not exist"):
+        Network.load(halves)
+
+
+def test_a_decoder_in_another_folder_is_refused():
+    with pytest.raises(NetworkError, match="plain name"):
+        synthetic.metadata(decoder="../another")
 
 
 def test_other_bands_order_and_pixel_scale_are_refused_naming_both_sides(network_path):

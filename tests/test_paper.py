@@ -226,6 +226,7 @@ def test_report_with_everything(artefacts, shared, tmp_path):
 
 def test_report_says_what_is_missing(artefacts, tmp_path, monkeypatch):
     monkeypatch.setattr("lsst.meas.vaedeblend.network._files._ARTEFACTS", tmp_path / "nothing ships")
+    monkeypatch.setattr("lsst.meas.vaedeblend.network._files._other_folders", lambda: ())
     (tmp_path / "some").mkdir()
     for path in artefacts.glob("arcelin2020_lsst.onnx"):
         shutil.copy(path, tmp_path / "some")
@@ -238,6 +239,7 @@ def test_report_says_what_is_missing(artefacts, tmp_path, monkeypatch):
     assert summary["lsst"]["m"] == pytest.approx(-1, abs=0.01)
     assert summary["transfer"] is None and summary["decentred_peaks"] is None
     missing = "\n".join(summary["missing"])
+    assert "pip install meas_vaedeblend_paper" in missing
     for name in ("arcelin2020_lsst_prior", "arcelin2020_lsst_euclid", "arcelin2020_decentred_uniform"):
         assert name in missing
     text = (out / "paper.html").read_text()

@@ -40,7 +40,7 @@ def main(verbose: bool) -> None:
 
 @main.command()
 def info() -> None:
-    """List the networks that ship with the package, and the execution providers there are."""
+    """List the networks that are installed, and the execution providers there are."""
     import onnxruntime
 
     from .network import NetworkError, read_metadata, shipped_networks
@@ -70,6 +70,20 @@ def info() -> None:
         click.echo(f"\n{name}")
         for key, value in rows.items():
             click.echo(f"  {key:<12} {value}")
+
+
+@main.command()
+@click.argument("name", default="")
+def path(name: str) -> None:
+    """Print where a file or folder that ships is: a pipeline, a configuration, an example for BPS.
+
+    NAME is as in the repository, pipelines/deblend.yaml or config/training. Without one it is the folder that
+    has all of them, for MEAS_VAEDEBLEND_DIR.
+    """
+    from .ground.files import shipped_file
+
+    with _failures():
+        click.echo(shipped_file(name))
 
 
 @main.command()
@@ -434,9 +448,7 @@ def injection(directory: Path, out: Path, network: str, per_blend: int, seed: in
 @click.option(
     "--configs",
     type=_OUTPUT,
-    default="config/training",
-    show_default=True,
-    help="Directory of the configurations arcelin2020_*.py.",
+    help="Directory of the configurations arcelin2020_*.py, if not those that ship.",
 )
 @click.option("--artefacts", type=_DIRECTORY, help="Directory of networks, before those that ship.")
 @click.option("--real-catalogue", type=_CONFIG, help="File of a galsim.RealGalaxyCatalog.")
@@ -446,7 +458,7 @@ def injection(directory: Path, out: Path, network: str, per_blend: int, seed: in
 @click.option("--threads", default=0, help="Threads of onnxruntime, and processes that render; 0: all cores.")
 def paper(
     out: Path,
-    configs: Path,
+    configs: Path | None,
     artefacts: Path | None,
     real_catalogue: Path | None,
     samples: int,

@@ -19,7 +19,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,8 @@ from lsst.images.cells import (
     PatchDefinition,
 )
 from lsst.sphgeom import ConvexPolygon, LonLat, UnitVector3d
+
+from ..ground.files import shipped_file
 
 INSTRUMENT = "VaeDeblendCam"
 PEAKS_DATASET = "object_vae_peaks"
@@ -416,23 +417,18 @@ class CoaddRepository:
 def pipeline_path(name: str = "deblend.yaml") -> Path:
     """Return the path of a pipeline definition of this package.
 
-    The stack finds it as ``$MEAS_VAEDEBLEND_DIR/pipelines``; a checkout has it beside ``python``; a wheel
-    installs it under ``share/meas_vaedeblend``.
+    The stack finds it as ``$MEAS_VAEDEBLEND_DIR/pipelines``; otherwise it is that of the installed package.
 
     Raises
     ------
     FileNotFoundError
-        Raised when it is in none of the three.
+        Raised when it is in neither.
     """
-    here = Path(__file__).resolve()
-    folders = [here.parents[5] / "pipelines"]
     if stack := os.environ.get("MEAS_VAEDEBLEND_DIR"):
-        folders.insert(0, Path(stack) / "pipelines")
-    folders.append(Path(sysconfig.get_path("data")) / "share" / "meas_vaedeblend" / "pipelines")
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"No {name} in any of {', '.join(map(str, folders))}.")
+        path = Path(stack) / "pipelines" / name
+        if path.is_file():
+            return path
+    return shipped_file(f"pipelines/{name}")
 
 
 def run_pipetask(

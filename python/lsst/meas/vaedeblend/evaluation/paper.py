@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ..ground.files import shipped_file
 from ..network import Network, NetworkError, resolve
 from ..simulation.config import TrainingConfig, load_config, training_length
 from . import paper_figures as draw
@@ -121,7 +122,7 @@ def _number(value: float | None) -> float | None:
 def evaluate_paper(
     out: str | os.PathLike[str],
     *,
-    configs: str | os.PathLike[str] = "config/training",
+    configs: str | os.PathLike[str] | None = None,
     artefacts: str | os.PathLike[str] | None = None,
     real_catalogue: str | os.PathLike[str] | None = None,
     samples: int = 6000,
@@ -137,7 +138,7 @@ def evaluate_paper(
     out : path-like
         Directory of the report; it is made.
     configs : path-like, optional
-        Directory of the configurations ``arcelin2020_*.py``.
+        Directory of the configurations ``arcelin2020_*.py``, if not those that ship.
     artefacts : path-like, optional
         Directory of networks, looked at before those that ship.
     real_catalogue : path-like, optional
@@ -165,7 +166,8 @@ def evaluate_paper(
     FileNotFoundError
         If the configurations are not there.
     """
-    run = _Evaluation(Path(configs), artefacts, real_catalogue, samples, galaxies, draws, threads, seed)
+    configs = shipped_file("config/training") if configs is None else Path(configs)
+    run = _Evaluation(configs, artefacts, real_catalogue, samples, galaxies, draws, threads, seed)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     # Written after every part: what a later one meets with does not take the earlier ones along.

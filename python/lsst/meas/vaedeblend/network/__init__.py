@@ -11,9 +11,11 @@ message.
 Inputs of a deblender: ``image`` (N, B, S, S) nJy, ``valid`` (N, B, S, S) 0 or 1, ``noise`` (N, B) nJy,
 ``psf_moments`` (N, B, 3) pixel^2, ``epsilon`` (N, L); a graph may leave out any of them but ``image``.
 Outputs: ``model`` (N, B, S, S) nJy, ``latent_mean`` and ``latent_sigma`` (N, L). A decoder takes ``latent``
-(N, L) to ``model``. Networks that draw Gaussians have two files more, with which latents are fitted to
-pixels: ``render`` draws sources on squares of any width through the kernels of any PSFs, and ``linearise``
-gives gradient and Gauss-Newton matrix of chi-square; `Render` and `Linearise` have their inputs and outputs.
+(N, L) to ``model``. A deblender's graph may leave the output ``model`` to the decoder, which several networks
+of one prior can share: then the two together are the network. Networks that draw Gaussians have two files
+more, with which latents are fitted to pixels: ``render`` draws sources on squares of any width through the
+kernels of any PSFs, and ``linearise`` gives gradient and Gauss-Newton matrix of chi-square; `Render` and
+`Linearise` have their inputs and outputs.
 
 Notes
 -----

@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from ._metadata import KINDS, NetworkError, NetworkMetadata
@@ -19,15 +22,37 @@ _ARTEFACTS = Path(__file__).parent.parent / "artefacts"
 _COMPANIONS = tuple(f"_{kind}" for kind in KINDS[1:])
 
 
+ENTRY_POINTS = "meas_vaedeblend.artefacts"
+"""Group of entry points by which other distributions add networks: each names a package of ONNX files."""
+
+_DISTRIBUTIONS = {"arcelin2020_": "meas_vaedeblend_paper"}
+"""What names begin with, and the distribution that has such networks, for messages."""
+
+
+@functools.cache
+def _other_folders() -> tuple[Path, ...]:
+    """Folders of other distributions; none of their code is run."""
+    folders = []
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+        try:
+            spec = importlib.util.find_spec(point.module)
+        except ImportError:
+            continue
+        if spec is not None and spec.submodule_search_locations:
+            folders += [Path(where) for where in spec.submodule_search_locations]
+    return tuple(folders)
+
+
 def shipped_networks() -> list[str]:
-    """List the networks that ship with the package.
+    """List the networks that ship with the package, or with installed distributions that add some.
 
     Returns
     -------
     names : `list` [`str`]
         Names that `resolve` takes, sorted.
     """
-    return sorted(p.stem for p in _ARTEFACTS.glob("*.onnx") if not p.stem.endswith(_COMPANIONS))
+    found = {path.stem for folder in (_ARTEFACTS, *_other_folders()) for path in folder.glob("*.onnx")}
+    return sorted(name for name in found if not name.endswith(_COMPANIONS))
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
@@ -48,14 +73,20 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     NetworkError
         Raised if there is neither such a network nor such a file.
     """
-    if str(name_or_path) in shipped_networks():
-        return _ARTEFACTS / f"{name_or_path}.onnx"
+    name = str(name_or_path)
+    if os.sep not in name and not name.endswith(_COMPANIONS):
+        # The package's own come first, and without a look at what else is installed.
+        for folders in (lambda: (_ARTEFACTS,), _other_folders):
+            for folder in folders():
+                if (folder / f"{name}.onnx").is_file():
+                    return folder / f"{name}.onnx"
     path = Path(os.path.expandvars(name_or_path)).expanduser()
     if path.is_file():
         return path
+    hints = [f" pip install {d} adds it." for start, d in _DISTRIBUTIONS.items() if name.startswith(start)]
     raise NetworkError(
-        f"No network {str(name_or_path)!r}: it is neither a file nor one of the shipped networks "
-        f"{shipped_networks()}."
+        f"No network {name!r}: it is neither a file nor one of the shipped networks {shipped_networks()}."
+        + "".join(hints)
     )
 
 

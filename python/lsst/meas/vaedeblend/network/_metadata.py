@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 __all__ = ["CONTRACT_VERSION", "KINDS", "NetworkError", "NetworkMetadata"]
@@ -16,6 +17,9 @@ CONTRACT_VERSION = 1
 
 KINDS = ("deblender", "decoder", "render", "linearise")
 """Kinds of artefacts; those after the first accompany it, under its name with the kind behind it."""
+
+_OPTIONAL = ("decoder", "decoder_sha256")
+"""Keys that documents may leave out."""
 
 
 class NetworkError(Exception):
@@ -59,6 +63,11 @@ class NetworkMetadata:
         Checksum of the graph, see `graph_sha256`.
     contract : `int`
         Version of the contract.
+    decoder : `str`, optional
+        Name of the network whose decoder draws for this one too, if not its own: networks of one prior store
+        it once.
+    decoder_sha256 : `str`, optional
+        Checksum of the decoder's graph, for a deblender that leaves the drawing to it.
 
     Raises
     ------
@@ -80,6 +89,8 @@ class NetworkMetadata:
     licence: str
     weights_sha256: str = ""
     contract: int = CONTRACT_VERSION
+    decoder: str = ""
+    decoder_sha256: str = ""
 
     def __post_init__(self) -> None:
         def number(value: Any) -> bool:
@@ -145,6 +156,10 @@ class NetworkMetadata:
         )
         check("licence", isinstance(self.licence, str), "a string")
         check("weights_sha256", isinstance(self.weights_sha256, str), "a string")
+        # It becomes part of a file's name, in the folder of this one.
+        plain = isinstance(self.decoder, str) and re.fullmatch(r"[\w-][\w.-]*|", self.decoder) is not None
+        check("decoder", plain, "the plain name of a network")
+        check("decoder_sha256", isinstance(self.decoder_sha256, str), "a string")
 
     def check_deblender(self) -> None:
         """Check that the network was trained on blends.
@@ -211,10 +226,10 @@ class NetworkMetadata:
                 f"this runtime reads version {CONTRACT_VERSION}."
             )
         names = [field.name for field in dataclasses.fields(cls)]
-        missing = [key for key in names if key not in document]
+        missing = [key for key in names if key not in document and key not in _OPTIONAL]
         if missing:
             raise NetworkError(f"{source}: the metadata lack {missing}; they have {sorted(document)}.")
         try:
-            return cls(**{key: document[key] for key in names})
+            return cls(**{key: document[key] for key in names if key in document})
         except NetworkError as err:
             raise NetworkError(f"{source}: {err}") from err

@@ -341,6 +341,19 @@ class Network(Artefact):
     _render: Render | None = None
     _linearise: Linearise | None = None
 
+    def __init__(
+        self,
+        path: Path,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        require: bool = False,
+        threads: int = 0,
+    ) -> None:
+        super().__init__(path, providers, require, threads)
+        self._draws = "model" in self._outputs
+        if not self._draws:
+            # Half of the network, without which the other half is none.
+            self.decoder  # noqa: B018
+
     @classmethod
     def load(
         cls,
@@ -419,12 +432,19 @@ class Network(Artefact):
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder that belongs to this network, from ``<stem>_decoder.onnx`` beside it (`Decoder`)."""
+        """The decoder that belongs to this network, from a file beside it (`Decoder`).
+
+        That is ``<stem>_decoder.onnx``, or the other network's that the metadata name.
+        """
         if self._decoder is None:
             path = self._companion("decoder")
             if not path.is_file():
                 raise NetworkError(f"{self.path}: its decoder {path} does not exist.")
-            self._decoder = self._checked(Decoder(path, *self._arguments))
+            decoder = self._checked(Decoder(path, *self._arguments))
+            mine, other = self.metadata.decoder_sha256, decoder.metadata.weights_sha256
+            if mine not in ("", other):
+                raise NetworkError(f"{path}: its graph has SHA-256 {other}, {self.path} needs {mine}.")
+            self._decoder = decoder
         return self._decoder
 
     @property
@@ -447,11 +467,16 @@ class Network(Artefact):
         return self._linearise
 
     def _companion(self, kind: str) -> Path:
-        return self.path.with_name(f"{self.path.stem}_{kind}.onnx")
+        stem = self.path.stem
+        if kind == "decoder" and self.metadata.decoder:
+            stem = self.metadata.decoder
+        return self.path.with_name(f"{stem}_{kind}.onnx")
 
     def _checked[Companion: Artefact](self, companion: Companion) -> Companion:
         for key in ("name", "bands", "pixel_scale", "cutout_size", "latent_size", "frame", "centre"):
             mine, other = getattr(self.metadata, key), getattr(companion.metadata, key)
+            if key == "name" and companion.kind == "decoder":
+                mine = self.metadata.decoder or mine
             if mine != other:
                 raise NetworkError(
                     f"{companion.path}: its {key} is {other!r}, that of {self.path} is {mine!r}."
@@ -533,7 +558,13 @@ class Network(Artefact):
             Raised if onnxruntime fails.
         """
         feeds = self._feeds(image, valid, noise, psf_moments, epsilon)
-        model, mean, sigma = self._answers(["model", "latent_mean", "latent_sigma"], feeds, batch_size)
+        if self._draws:
+            model, mean, sigma = self._answers(["model", "latent_mean", "latent_sigma"], feeds, batch_size)
+        else:
+            mean, sigma = self._answers(["latent_mean", "latent_sigma"], feeds, batch_size)
+            with np.errstate(over="ignore", invalid="ignore"):
+                latent = mean + sigma * feeds["epsilon"]
+            model = np.require(self.decoder.render(latent, batch_size), requirements="W")
         finite = _sound(mean, sigma)
         # A sum is not finite if any of its terms is not; it may overflow too, and then the model is no use.
         with np.errstate(over="ignore", invalid="ignore"):

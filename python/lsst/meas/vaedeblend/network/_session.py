@@ -83,11 +83,10 @@ def _check_tensors(session: Any, metadata: NetworkMetadata, source: str) -> tupl
             "epsilon": (length,),
         }
         required: tuple[str, ...] = ("image",)
-        outputs = {
-            "model": (b, s, s),
-            "latent_mean": (length,),
-            "latent_sigma": (length,),
-        }
+        outputs = {"latent_mean": (length,), "latent_sigma": (length,)}
+        # Without it the drawing is left to the decoder, which is checked likewise.
+        if any(tensor.name == "model" for tensor in session.get_outputs()):
+            outputs["model"] = (b, s, s)
     elif metadata.kind == "decoder":
         known = {"latent": (length,)}
         required = ("latent",)
@@ -164,6 +163,7 @@ class Artefact:
         self._arguments = (tuple(providers), require, threads)
         self._session = _session(data, source, providers, require, threads)
         self._inputs = _check_tensors(self._session, self.metadata, source)
+        self._outputs = tuple(tensor.name for tensor in self._session.get_outputs())
         self.provider: str = self._session.get_providers()[0]
         self._options = _run_options()
         _LOG.info("%s %s runs on %s.", self.kind.capitalize(), self.metadata.name, self.provider)

@@ -460,14 +460,15 @@ def _describe(config: TrainingConfig) -> str:
 def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
     """Write the card of a network: what it is, what it was trained on, what was measured, and how."""
     m, t = metadata, metadata.training
-    noise = ", ".join(f"{b} {lo:.2g}-{hi:.2g}" for b, (lo, hi) in m.training_range["noise"].items())
+    ranges = [(b, *m.training_range["noise"][b]) for b in m.bands]
+    noise = ", ".join(f"{b} {low:.2g}-{high:.2g}" for b, low, high in ranges)
     narrow, wide = m.training_range["psf_fwhm"]
     size, pixel = m.cutout_size, [int(c) if c == int(c) else c for c in m.centre]
     frame = f"{m.frame['type']}, "
     if m.frame["type"] == "gaussian":
         frame += f"sigma {m.frame['sigma']} pixel"
     else:
-        frame += "FWHM " + ", ".join(f"{b} {f:g}" for b, f in m.frame["fwhm"].items()) + " arcsec"
+        frame += "FWHM " + ", ".join(f"{b} {m.frame['fwhm'][b]:g}" for b in m.bands) + " arcsec"
     lines = [
         f"# {m.name}",
         "",

@@ -15,13 +15,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from ..network import read_model
+from ..network import read_metadata, read_model, resolve
+from .packing import HALF, unpack_weights
 
 _MANY_WEIGHTS = 4096
 """Tensors with at least as many elements are worth storing in half precision."""
-
-_HALF = "_half"
-"""What the names of tensors in half precision end in."""
 
 
 def load_weights(source: str | os.PathLike) -> dict[str, Tensor]:
@@ -47,15 +45,15 @@ def load_weights(source: str | os.PathLike) -> dict[str, Tensor]:
     """
     if Path(source).suffix == ".ckpt":
         return torch.load(source, map_location="cpu", weights_only=True)["state_dict"]
-    model = onnx.load_model_from_string(read_model(source))
-    floats = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
-    weights = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_type in floats and tensor.name.startswith(("encoder.", "decoder.")):
-            # In memory of its own: the array's belongs to the message, and may not be written to.
-            array = numpy_helper.to_array(tensor).astype(np.float32)
-            weights[tensor.name.removesuffix(_HALF)] = torch.from_numpy(array.copy())
-    return weights
+    weights = unpack_weights(onnx.load_model_from_string(read_model(source)))
+    metadata = read_metadata(source)
+    if metadata.decoder_sha256:
+        # The other half of the network, which has the weights without the first part of their names.
+        beside = resolve(source).with_name(f"{metadata.decoder or resolve(source).stem}_decoder.onnx")
+        decoder = unpack_weights(onnx.load_model_from_string(read_model(beside)))
+        weights |= {f"decoder.{name}": array for name, array in decoder.items()}
+    parts = ("encoder.", "decoder.")
+    return {name: torch.from_numpy(array) for name, array in weights.items() if name.startswith(parts)}
 
 
 @torch.no_grad()
@@ -78,7 +76,7 @@ def halve_weights(graph: bytes) -> bytes:
             continue
         name = tensor.name
         half = numpy_helper.to_array(tensor).astype(np.float16)
-        tensor.CopyFrom(numpy_helper.from_array(half, name + _HALF))
+        tensor.CopyFrom(numpy_helper.from_array(half, name + HALF))
         casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
