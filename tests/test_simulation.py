@@ -182,6 +182,92 @@ def test_noise_has_the_depth_it_states(bank, lsst):
     assert mad == pytest.approx(1.0, abs=0.05)
 
 
+def test_noise_is_correlated_as_configured_and_keeps_its_depth(bank, lsst):
+    config = _quiet_config()
+    config.noise_correlation = [0.25, 0.25]
+    rng = np.random.default_rng(16)
+    composer = SceneComposer(bank, PsfBank(config, 0.2, rng), lsst, config, rng)
+    noise = composer._unit_noise((6, 192, 192))
+    assert noise.dtype == np.float32
+    assert noise.std() == pytest.approx(1.0, abs=0.01)
+    for a, b in ((noise[:, 1:], noise[:, :-1]), (noise[..., 1:], noise[..., :-1])):
+        assert (a * b).mean() == pytest.approx(0.25, abs=0.01)
+
+
+def test_sky_is_left_over_either_way(bank, lsst):
+    config = _quiet_config()
+    config.density_range, config.sky_error = [1.0, 1.01], 5.0
+    rng = np.random.default_rng(17)
+    composer = SceneComposer(bank, PsfBank(config, 0.2, rng), lsst, config, rng)
+    batch = next(composer.batches(24))
+    sky = np.median(batch.image[:, :, :12, :12], axis=(2, 3)) / batch.noise
+    assert np.abs(sky).max() <= 5.5 and sky.max() > 2 and sky.min() < -2
+
+
+def test_cores_are_masked_the_more_the_brighter_they_are(bank, lsst):
+    """Stars saturate at 18 mag: a bright one loses its middle and its column, a fainter one less."""
+    config = _quiet_config()
+    config.saturation_mag_range = [18.0, 18.0]
+    rng = np.random.default_rng(18)
+    psfs = PsfBank(config, 0.2, rng)
+    composer = SceneComposer(bank, psfs, lsst, config, rng)
+    masked = []
+    for mag in (18.5, 17.5, 15.0):
+        observed = np.zeros((6, 192, 192))
+        observed[:, 76:117, 76:117] = 10 ** (-0.4 * (mag - 31.4)) * psfs.stamps[0]
+        bad = composer._saturated(observed, np.zeros(6, int), np.array([96]), np.array([96]))
+        assert bad[:, 96, 96].all() == (mag < 18)
+        masked.append(bad[2].sum())
+        if mag == 15.0:
+            assert np.ptp(np.flatnonzero(bad[2].any(axis=1))) > np.ptp(np.flatnonzero(bad[2].any(axis=0)))
+    assert masked[0] == 0 < masked[1] < masked[2]
+
+
+def test_wide_psfs_keep_the_sum_that_networks_are_told(lsst):
+    config = _quiet_config()
+    narrow = PsfBank(config, 0.2, np.random.default_rng(3))
+    config.psf_size = 121
+    wide = PsfBank(config, 0.2, np.random.default_rng(3))
+    np.testing.assert_allclose(wide.stamps.sum(axis=(1, 2)), 1.0)
+    np.testing.assert_allclose(wide.moments, narrow.moments, rtol=2e-3, atol=2e-3)
+    wings = wide.wide.sum(axis=(1, 2)) - 1
+    assert (wings > 0).all() and wings.max() > 0.003
+    np.testing.assert_allclose(wide.kernels(192)[:, 0, 0].real, 1 + wings, rtol=1e-3)
+    assert wide.kernels(64).shape == narrow.kernels(64).shape
+
+
+def test_boosted_sources_and_odd_colours(bank, lsst):
+    config = _quiet_config()
+    config.boosted_fraction, config.odd_colour_fraction, config.min_snr = 0.5, 0.5, 0.0
+    rng = np.random.default_rng(19)
+    composer = SceneComposer(bank, PsfBank(config, 0.2, rng), lsst, config, rng)
+    rows = rng.integers(0, len(bank), 2000)
+    gain, boosted = composer._gains(rows)
+    flux = bank.total_flux[rows] * gain
+    assert 0.4 < boosted.mean() < 0.6
+    assert np.median(gain[boosted].max(axis=1)) > 10 and flux[boosted].max() < 10 * 10 ** (0.4 * (31.4 - 15))
+    dark = flux == 0
+    assert dark[:, 0].any() and (dark.sum(axis=1) == 5).any() and not dark.all(axis=1).any()
+    batch = next(composer.batches(64))
+    assert (batch.target_flux == 0).any()
+    # Targets are what the bank has: nothing in them is brighter.
+    assert batch.target_flux.max() <= 10 * bank.total_flux.max()
+    # Without noise in the truth, a band without light has none.
+    assert not batch.target[batch.target_flux == 0].any()
+
+
+def test_subtracted_sources_leave_dipoles_of_their_light(bank, lsst):
+    config = _quiet_config()
+    config.subtraction_error, config.subtraction_shift = 0.0, 0.1
+    rng = np.random.default_rng(20)
+    composer = SceneComposer(bank, PsfBank(config, 0.2, rng), lsst, config, rng)
+    star = slice(bank.first[-1], bank.first[-1] + 1)
+    left = composer._residual(bank.flux[star], bank.stamps[star])
+    whole = bank.flux[star].T[..., None] * bank.stamps[star]
+    assert np.abs(left.sum(axis=(1, 2))).max() < 1e-3 * whole.sum(axis=(1, 2)).max()
+    assert 0 < np.abs(left).max() < 0.3 * whole.max()
+
+
 def test_masked_pixels_are_zero_and_bands_drop(bank, lsst):
     config = _quiet_config()
     config.mask_fraction = config.band_dropout = 1.0

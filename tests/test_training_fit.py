@@ -3,6 +3,7 @@
 """A short training lowers the loss, resumes, exports, and the artefact does what torch does."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.inference import Grids
 from lsst.meas.vaedeblend.network import Network, NetworkError, read_metadata
 from lsst.meas.vaedeblend.simulation.banks import make_banks
-from lsst.meas.vaedeblend.simulation.config import TrainingConfig, load_config
+from lsst.meas.vaedeblend.simulation.config import TrainingConfig, load_config, training_length
 from lsst.meas.vaedeblend.training import losses
 from lsst.meas.vaedeblend.training.export import export_network, write_fit_graphs
-from lsst.meas.vaedeblend.training.fit import fit_step
+from lsst.meas.vaedeblend.training.fit import SceneData, VaeModule, _start_from, fit_step, settle_norms
+from lsst.meas.vaedeblend.training.history import run_history
+from lsst.meas.vaedeblend.training.networks import Deblender
 from lsst.meas.vaedeblend.training.weights import load_weights
 
 REPOSITORY = Path(__file__).parents[1]
@@ -32,7 +35,7 @@ def _small_config() -> TrainingConfig:
     config.network.widths = [16, 24, 32]
     config.network.hidden, config.network.latent_size = 48, 12
     for step in (config.prior, config.deblender):
-        step.batch_size, step.samples = 32, 32 * 40
+        step.batch_size, step.samples = 32, 32 * 50
         step.validation_batches, step.validation_every = 2, 10
         step.precision = "32-true"
         # A short run has no time for the warm-up that a long one affords.
@@ -65,7 +68,7 @@ def trained(tmp_path_factory):
 def test_training_lowers_the_loss(trained):
     _, where, _ = trained
     prior = _column(where / "run", "prior", "val_loss")
-    assert len(prior) == 4
+    assert len(prior) == 5
     assert prior[-1] < 0.8 * prior[0]
     deblender = _column(where / "run", "deblender", "val_loss")
     assert deblender[-1] < deblender[0]
@@ -189,6 +192,101 @@ def test_training_starts_from_an_artefact(trained, tmp_path):
     final = fit_step(short, "deblender", where / "data", tmp_path, initial=path, **options)
     moved = load_weights(final)["encoder.dense.weight"] - kept["encoder.dense.weight"]
     assert 0 < moved.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["lsst_ugrizy", "hsc_grizy"])
+def test_simplified_artefacts_give_first_weights(name):
+    """What torch computes with their weights is what their graphs compute, on random cutouts with masks."""
+    config = load_config(REPOSITORY / "config" / "training" / f"{name}.py")
+    bands = len(config.bands)
+    module = VaeModule(config, "prior", torch.zeros(0))
+    _start_from(module, name)
+    rng = np.random.default_rng(1)
+    y, x = np.mgrid[:64, :64] - 32.0
+    light = rng.uniform(10, 1000, (6, bands, 1, 1)) * np.exp(-np.hypot(x, y) / 3)
+    noise = rng.uniform(1, 8, (6, bands)).astype(np.float32)
+    image = (light + noise[..., None, None] * rng.normal(size=light.shape[:2] + (64, 64))).astype(np.float32)
+    valid = (rng.random(image.shape) > 0.1).astype(np.float32)
+    moments = np.tile(np.float32([3.0, 3.3, 0.1]), (6, bands, 1))
+    epsilon = rng.normal(size=(6, config.network.latent_size)).astype(np.float32)
+    inputs = (image, valid, noise, moments, epsilon)
+    found = Network.load(name).deblend(*inputs)
+    with torch.no_grad():
+        ours = Deblender(module.encoder, module.decoder).eval()(*map(torch.from_numpy, inputs))
+    for a, b in zip(ours, (found.model, found.latent_mean, found.latent_sigma), strict=True):
+        np.testing.assert_allclose(a.numpy(), b, atol=1e-4 * np.abs(b).max())
+
+
+def test_normalisations_get_statistics_without_changing_the_network(trained, tmp_path):
+    """Batches are then normalised in training as they are afterwards."""
+    config, where, path = trained
+    scenes = SceneData(config, where / "data", "deblender", 0)
+    module = VaeModule(config, "deblender", scenes.kernel_power())
+    _start_from(module, path)
+    norm = module.encoder.body[3]
+    # As a simplified graph has it: folded into the convolution before.
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    with torch.no_grad():
+        module.encoder.body[2].weight.mul_(scale[:, None, None, None])
+        norm.bias.sub_(scale * norm.running_mean)
+        norm.running_var.fill_(1.0 - norm.eps)
+        norm.running_mean.zero_()
+        norm.weight.fill_(1.0)
+    batch = next(scenes.composer("validation")(np.random.default_rng(1)).batches(64))
+    inputs = [
+        torch.from_numpy(a) for a in (batch.image, np.float32(batch.valid), batch.noise, batch.psf_moments)
+    ]
+    with torch.no_grad():
+        before = module.encoder.eval()(*inputs)
+        settle_norms(module, scenes, 256)
+        after = module.encoder.eval()(*inputs)
+    np.testing.assert_allclose(after[0], before[0], atol=1e-3)
+    assert norm.running_mean.abs().max() > 1e-3
+    np.testing.assert_allclose(norm.weight.detach(), torch.sqrt(norm.running_var + norm.eps), rtol=1e-4)
+
+
+def test_other_configurations_are_refused(trained, tmp_path):
+    config, where, _ = trained
+    options = dict(accelerator="cpu", workers=0, progress=False)
+    other = _small_config()
+    other.scene.min_snr = 7.0
+    with pytest.raises(ValueError, match="final.ckpt was made with another configuration"):
+        export_network(other, where / "data", where / "run", tmp_path, command="pytest")
+    with pytest.raises(ValueError, match="final.ckpt was made with another configuration"):
+        fit_step(other, "prior", where / "data", where / "run", **options)
+    interrupted = tmp_path / "run" / "prior"
+    interrupted.mkdir(parents=True)
+    shutil.copy(where / "run" / "prior" / "last.ckpt", interrupted)
+    with pytest.raises(ValueError, match="go on from was made with another configuration"):
+        fit_step(other, "prior", where / "data", tmp_path / "run", **options)
+    other = _small_config()
+    other.population.mag_range = [19.0, 26.0]
+    with pytest.raises(ValueError, match="npz was made with another configuration"):
+        make_banks(other, where / "data")
+    with pytest.raises(ValueError, match="npz was made with another configuration"):
+        fit_step(other, "prior", where / "data", tmp_path / "new", **options)
+
+
+def test_artefacts_tell_the_samples_that_were(trained, tmp_path):
+    """Not those that were asked for: a run may end early, and start from weights that have seen others."""
+    config, where, path = trained
+    assert read_metadata(path).training["samples"] == {"prior": 1600, "deblender": 1600}
+    long = _small_config()
+    long.deblender.samples, long.deblender.validation_every = 32 * 10**6, 5
+    options = dict(accelerator="cpu", workers=0, progress=False, command="vaedeblend train")
+    fit_step(long, "deblender", where / "data", tmp_path, initial=path, hours=1e-3, **options)
+    history = run_history(tmp_path, long, "deblender")["deblender"]
+    assert history["samples"] % 32 == 0 and 0 < history["samples"] < 32 * 10**6
+    assert history["hours"] > 1e-3 and history["commands"] == ["vaedeblend train"]
+    assert history["initial"] == "small_gri.onnx"
+    assert history["initial_samples"] == {"prior": 1600, "deblender": 1600}
+    # The learning rate has come down.
+    rates = _column(tmp_path, "deblender", "lr-AdamW")
+    assert not rates or rates[-1] < max(rates)
+    again = export_network(long, where / "data", tmp_path, tmp_path / "out", command="pytest", samples=64)
+    training = read_metadata(again).training
+    assert training["samples"] == {"prior": 1600, "deblender": history["samples"]}
+    assert "small_gri.onnx (1600 samples)" in training_length(training)
 
 
 def test_weights_of_other_networks_are_refused(trained, tmp_path):

@@ -84,11 +84,19 @@ def test_kl_divergence_by_hand():
 
 
 def test_flux_loss_is_in_units_of_the_error():
-    """100 nJy in noise of 1 nJy: one sigma over 40 pixels is 6.3 percent, with the floor 8 percent."""
+    """Where the light is bright the error is the floor's 5 percent; without light it is that of the noise."""
     noise = torch.tensor([[1.0]])
-    sigma = np.hypot(40**0.5 / 100, 0.05)
-    value = flux_loss(torch.log(torch.tensor([[100.0]])) + sigma, torch.tensor([[100.0]]), noise)
+    value = flux_loss(torch.log(torch.tensor([[1e5]])) + 0.05, torch.tensor([[1e5]]), noise)
     assert value.item() == pytest.approx(0.5, rel=1e-4)
+    # A small flux, in units of the noise of 40 pixels, where there is none; the floor adds a percent.
+    value = flux_loss(torch.log(torch.tensor([[0.1 * 40**0.5]])), torch.tensor([[0.0]]), noise)
+    assert value.item() == pytest.approx(0.5 * 0.1**2 / 1.01, rel=2e-3)
+
+
+def test_flux_loss_is_finite_without_light_and_far_off():
+    log_flux = torch.tensor([[-80.0, 0.0, 25.0, 90.0]], requires_grad=True)
+    flux_loss(log_flux, torch.tensor([[1e7, 0.0, 0.0, 0.0]]), torch.ones(1, 4)).sum().backward()
+    assert torch.isfinite(log_flux.grad).all() and log_flux.grad[0, 2] > 0
 
 
 def test_encoder_scales_with_masked_pixels_and_batch():

@@ -252,6 +252,9 @@ def simulate(config: Path, data: Path, processes: int) -> None:
 )
 @click.option("--initial-prior", help="First weights of the prior, likewise.")
 @click.option("--step", type=click.Choice(["prior", "deblender"]), help="Run this step alone.")
+@click.option(
+    "--hours", type=float, help="End each step after so long; the learning rate comes down by then."
+)
 def train(
     config: Path,
     data: Path,
@@ -264,6 +267,7 @@ def train(
     initial: str | None,
     initial_prior: str | None,
     step: str | None,
+    hours: float | None,
 ) -> None:
     """Train prior and deblender of CONFIG on the galaxies in DATA; go on where RUN was left.
 
@@ -280,6 +284,8 @@ def train(
         strategy=strategy,
         workers=workers,
         progress=progress,
+        hours=hours,
+        command=_train_command(config.name, step, initial, initial_prior, hours),
     )
     with _failures():
         settings = load_config(config)
@@ -291,6 +297,19 @@ def train(
             if step in (None, name):
                 checkpoint = fit_step(settings, name, data, run, initial=start, **options)
     click.echo(f"Checkpoint: {checkpoint}")
+
+
+def _train_command(
+    config: str, step: str | None, initial: str | None, initial_prior: str | None, hours: float | None
+) -> str:
+    """The command of a training as cards have it: with the names of files, not where they happened to lie."""
+    given = {"step": step, "initial": initial, "initial-prior": initial_prior, "hours": hours}
+    options = "".join(
+        f" --{name} {Path(value).name if isinstance(value, str) else value}"
+        for name, value in given.items()
+        if value is not None
+    )
+    return f"vaedeblend train config/training/{config} DATA RUN{options}"
 
 
 @main.command()
@@ -309,16 +328,18 @@ def export(config: Path, data: Path, run: Path, out: Path, step: str) -> None:
     """Write the network trained in RUN to OUT as ONNX, with its card, after measuring it."""
     from .simulation.config import load_config
     from .training.export import export_network
+    from .training.history import run_history
 
     # The card names the commands with their files' names, not with where they happened to lie.
     name = f"config/training/{config.name}"
     option = "" if step == "deblender" else f" --step {step}"
-    command = "\n".join(
-        f"vaedeblend {line}"
-        for line in (f"simulate {name} DATA", f"train {name} DATA RUN", f"export {name} DATA RUN OUT{option}")
-    )
     with _failures():
-        path = export_network(load_config(config), data, run, out, command, step)
+        settings = load_config(config)
+        lines = [f"vaedeblend simulate {name} DATA"]
+        for history in run_history(run, settings, step).values():
+            lines += [line for line in history["commands"] if line and line not in lines]
+        lines.append(f"vaedeblend export {name} DATA RUN OUT{option}")
+        path = export_network(settings, data, run, out, "\n".join(lines), step)
     click.echo(f"Network: {path}")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 __all__ = [
     "SAMPLES",
+    "bank_checksum",
     "bank_paths",
     "centring_errors",
     "draw_sources",
@@ -15,6 +16,8 @@ __all__ = [
 ]
 
 import functools
+import hashlib
+import itertools
 import json
 import logging
 import os
@@ -24,7 +27,7 @@ import numpy as np
 
 from .blends import BlendBanks, BlendComposer, fit_centring_error, render_blend_banks
 from .config import PopulationConfig, TrainingConfig
-from .galaxies import render_bank
+from .galaxies import GalaxyBank, render_bank
 from .population import (
     Population,
     concatenate,
@@ -100,7 +103,9 @@ def draw_sources(config: PopulationConfig, survey: SurveyInfo) -> dict[str, Popu
             if sample != "test":
                 images.shear = _draw_shear(len(images), config.real_shear, rng)
             population = concatenate([population[: len(population) - len(images)], images])
-        stars = draw_stars(max(1, round(config.star_fraction * wanted[sample])), survey, rng)
+        bright, faint = config.star_mag_range
+        n_stars = max(1, round(config.star_fraction * wanted[sample]))
+        stars = draw_stars(n_stars, survey, rng, mag_range=(bright, faint))
         samples[sample] = concatenate([population, stars]) if config.star_fraction > 0 else population
     return samples
 
@@ -111,6 +116,7 @@ def _draw_galaxies(
     """Draw ``n`` galaxies of the embedded model that are bright enough in all bands with a limit."""
     drawn: list[Population] = []
     low, high = config.mag_range
+    least, largest = config.sersic_range
     while (have := sum(map(len, drawn))) < n:
         population = draw_population(
             n - have,
@@ -119,6 +125,8 @@ def _draw_galaxies(
             mag_range=(low, high),
             count_slope=config.count_slope,
             knot_fraction=config.knot_fraction,
+            size_scatter=config.size_scatter,
+            sersic_range=(least, largest),
         )
         kept = population[_bright_enough(population, config)]
         if not len(kept) and len(drawn) > 100:
@@ -172,7 +180,7 @@ def make_banks(config: TrainingConfig, directory: str | os.PathLike, processes: 
 
     A bank of fields is one file, train.npz, validation.npz or test.npz; a bank of single blends is one file
     for each instrument and role, e.g. train_target_0.npz. Banks that are there already are kept: remove them
-    to draw anew.
+    to draw anew. Each file is written whole or not at all.
 
     Parameters
     ----------
@@ -180,19 +188,29 @@ def make_banks(config: TrainingConfig, directory: str | os.PathLike, processes: 
     directory : path
     processes : `int`, optional
         Processes that render banks of single blends.
+
+    Raises
+    ------
+    ValueError
+        If there are banks of another configuration.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    survey = survey_of(config)
+    survey, made_with = survey_of(config), bank_checksum(config)
     for i, (sample, population) in enumerate(draw_sources(config.population, survey).items()):
         paths = bank_paths(config, survey, directory, sample)
         if all(p.exists() for p in paths):
+            for path in paths:
+                GalaxyBank.load(path, made_with)
             _LOG.info("Keeping the %s sample in %s.", sample, directory)
             continue
         rng = np.random.default_rng([config.population.seed, i + 1])
         progress = functools.partial(_LOG.info, "%s: of %d sources, done: %d.", sample, len(population))
         if config.composition == "blends":
-            sample_banks(config, population, rng, progress, processes).save(directory, sample)
+            banks = sample_banks(config, population, rng, progress, processes)
+            for bank in itertools.chain(*banks.banks.values()):
+                bank.made_with = made_with
+            banks.save(directory, sample)
         else:
             bank = render_bank(
                 population,
@@ -201,10 +219,28 @@ def make_banks(config: TrainingConfig, directory: str | os.PathLike, processes: 
                 stamp_size=config.population.stamp_size,
                 progress=progress,
             )
+            bank.made_with = made_with
             bank.save(paths[0])
         _LOG.info("Wrote %s: %d sources.", ", ".join(p.name for p in paths), len(population))
     if config.composition == "blends" and config.blend.decentring == "peaks":
         _write_centring(config, survey, directory)
+
+
+def bank_checksum(config: TrainingConfig) -> str:
+    """SHA-256 of what banks depend on: bands, galaxies, and how single blends are rendered.
+
+    Configurations that differ in scenes of fields, networks or fits share their banks, and their checksum.
+    """
+    values = config.toDict()
+    kept = ["survey", "bands", "population", "composition"]
+    text = {name: values[name] for name in kept}
+    if config.composition == "blends":
+        text["blend"] = values["blend"]
+    # Where a catalogue lies does not change what is in it.
+    for name in ("cosmos_directory", "real_catalogue"):
+        path = text["population"][name]
+        text["population"][name] = path and os.path.basename(os.path.normpath(path))
+    return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
 
 
 def bank_paths(config: TrainingConfig, survey: SurveyInfo, directory: Path, sample: str) -> list[Path]:

@@ -199,13 +199,20 @@ class BlendBanks:
                 bank.save(path)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike, sample: str, survey: SurveyInfo) -> BlendBanks:
-        """Read the banks of `save`, and the fit of the centring error if there is one."""
+    def load(
+        cls, directory: str | os.PathLike, sample: str, survey: SurveyInfo, made_with: str | None = None
+    ) -> BlendBanks:
+        """Read the banks of `save`, and the fit of the centring error if there is one.
+
+        ``made_with`` as for `GalaxyBank.load`.
+        """
         directory = Path(directory)
         paths = cls.paths(directory, sample, len(survey.instruments))
         fit = directory / "centring.json"
         centring = json.loads(fit.read_text()) if fit.exists() else None
-        return cls({role: [GalaxyBank.load(p) for p in ps] for role, ps in paths.items()}, centring)
+        return cls(
+            {role: [GalaxyBank.load(p, made_with) for p in ps] for role, ps in paths.items()}, centring
+        )
 
 
 def render_blend_banks(

@@ -43,6 +43,9 @@ class PopulationConfig(Config):
     n_validation = Field[int]("Galaxies in the validation bank.", default=1500)
     n_test = Field[int]("Galaxies in the test bank.", default=1500)
     star_fraction = Field[float]("Stars, as a fraction of the number of galaxies.", default=0.08)
+    star_mag_range = ListField[float](
+        "Limits of the stars' magnitudes in the reference band.", default=[17.0, 26.0], length=2
+    )
     mag_range = ListField[float](
         "Magnitude limits in the reference band (i).", default=[18.0, 27.0], length=2
     )
@@ -57,6 +60,13 @@ class PopulationConfig(Config):
         "Whether the components of a galaxy have colours of their own.", default=True
     )
     knot_fraction = Field[float]("Fraction of the embedded model's disks that carry knots.", default=0.4)
+    size_scatter = Field[float](
+        "Scatter of the embedded model's half-light radii about their relation with magnitude, dex.",
+        default=0.22,
+    )
+    sersic_range = ListField[float](
+        "Limits of the index of the embedded model's single Sersic profiles.", default=[0.5, 5.5], length=2
+    )
     real_catalogue = Field[str](
         "File of a galsim.RealGalaxyCatalog, whose galaxies are mixed in; its image files lie beside it.",
         optional=True,
@@ -110,6 +120,50 @@ class SceneConfig(Config):
         default=0.6,
     )
     subtraction_error = Field[float]("Relative error of the subtracted components.", default=0.1)
+    subtraction_spread = Field[float](
+        "Sources are subtracted better than that by a factor of up to ten to this power, log-uniform: bright "
+        "ones leave thousandths of their light, not tenths.",
+        default=0.0,
+    )
+    subtraction_shift = Field[float](
+        "Error of the subtracted sources' positions on each axis, pixel, smaller by the same factor.",
+        default=0.0,
+    )
+    boosted_fraction = Field[float](
+        "Fraction of the sources, never targets, that are made brighter than the bank has them.", default=0.0
+    )
+    largest_boost = Field[float]("Largest factor of that, log-uniform from 3.", default=1000.0)
+    odd_colour_fraction = Field[float](
+        "Fraction of the sources with colours that no catalogue has: without light in the bluest bands, with "
+        "light in one band alone, or with each band's light changed by itself.",
+        default=0.0,
+    )
+    noise_correlation = ListField[float](
+        "Correlation of the noise of neighbouring pixels, as resampling leaves it, uniform between these for "
+        "each field and band; the noise that is stated is that of a pixel.",
+        default=[0.0, 0.0],
+        length=2,
+        itemCheck=lambda x: 0 <= x < 0.7,
+    )
+    sky_error = Field[float](
+        "Largest sky left over, either sign, in units of the noise; uniform for each field and band.",
+        default=0.0,
+    )
+    saturated_fraction = Field[float](
+        "Fraction of the fields in which bright cores are masked, with the columns into which they bleed.",
+        default=0.0,
+    )
+    saturation_mag_range = ListField[float](
+        "Magnitude of the faintest star that is saturated in its middle, uniform for each field and band.",
+        default=[16.0, 18.5],
+        length=2,
+    )
+    psf_size = Field[int](
+        "Width of the PSFs with which fields are convolved, pixel, odd; the sum is 1 within the 41 pixels "
+        "that a network is told about.",
+        default=41,
+        check=lambda x: x >= 41 and x % 2 == 1,
+    )
     centring_error = Field[float](
         "Gaussian error of the peak about the true position, pixel, before rounding to a pixel.", default=0.0
     )
@@ -183,7 +237,7 @@ class FitConfig(Config):
 
     samples = Field[int]("Training samples.", default=300000)
     base = Field[str](
-        "Configuration that gave the step its first weights, for the card; empty when trained from scratch.",
+        "Configuration that gives the step its first weights; the card has what the checkpoint tells.",
         default="",
     )
     # Small batches: the number of steps counts for more than their smoothness (doc/experiments/008).

@@ -13,6 +13,7 @@ from typing import Any
 import galsim
 import numpy as np
 
+from ..ground.writing import whole_file
 from .population import KNOTS, NONE, REAL, STAR, Population, real_catalogue
 
 MODEL_SIGMA = 0.8
@@ -85,6 +86,9 @@ class GalaxyBank:
     area : `numpy.ndarray`, (N,) float32
         Effective area 1 / sum(p^2) of the unit-flux, band-summed image p, pixel^2.
     source_id : `numpy.ndarray`, (N,) int
+    made_with : `str`
+        Checksum of the configuration that the bank was made with
+        (`~lsst.meas.vaedeblend.simulation.banks.bank_checksum`); empty if it was made without one.
     """
 
     bands: tuple[str, ...]
@@ -97,23 +101,44 @@ class GalaxyBank:
     radius: np.ndarray
     area: np.ndarray
     source_id: np.ndarray
+    made_with: str = ""
 
     def __len__(self) -> int:
         return len(self.first)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the bank as an npz file."""
+        """Write the bank as an npz file, whole or not at all."""
         arrays: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        np.savez(path, **arrays)
+        with whole_file(path) as part, open(part, "wb") as stream:
+            np.savez(stream, **arrays)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> GalaxyBank:
-        """Read a bank written by `save`; nothing in the file is unpickled."""
+    def load(cls, path: str | os.PathLike, made_with: str | None = None) -> GalaxyBank:
+        """Read a bank written by `save`; nothing in the file is unpickled.
+
+        Parameters
+        ----------
+        path : path
+        made_with : `str`, optional
+            Checksum of the configuration that the bank must have been made with.
+
+        Raises
+        ------
+        ValueError
+            If the bank was made with another configuration.
+        """
         with np.load(path, allow_pickle=False) as data:
-            values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+            made = str(data["made_with"]) if "made_with" in data else ""
+            if made_with is not None and made != made_with:
+                raise ValueError(
+                    f"{path} was made with another configuration ({made[:12] or 'unknown'} instead of "
+                    f"{made_with[:12]}): remove it and run `vaedeblend simulate` again, or take another "
+                    "directory."
+                )
+            values = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "made_with"}
         values["bands"] = tuple(str(b) for b in values["bands"])
         values["pixel_scale"] = float(values["pixel_scale"])
-        return cls(**values)
+        return cls(**values, made_with=made)
 
     @property
     def total_flux(self) -> np.ndarray:

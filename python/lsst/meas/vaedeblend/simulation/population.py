@@ -160,6 +160,8 @@ def draw_population(
     count_slope: float = 0.3,
     colour_scatter: float = 0.05,
     knot_fraction: float = 0.4,
+    size_scatter: float = 0.22,
+    sersic_range: tuple[float, float] = (0.5, 5.5),
 ) -> Population:
     """Draw galaxies from the embedded COSMOS-like model.
 
@@ -179,6 +181,10 @@ def draw_population(
         Standard deviation, mag, of each band's flux about the template's.
     knot_fraction : `float`
         Fraction of the disks that carry star-forming knots.
+    size_scatter : `float`
+        Scatter of the half-light radii about their relation with magnitude, dex.
+    sersic_range : `tuple`
+        Limits of the index of single Sersic profiles.
 
     Returns
     -------
@@ -189,8 +195,8 @@ def draw_population(
     Forms and values, rounded from published deep-field relations: redshifts
     follow p(z) ~ z^2 exp(-z / z0) with z0 = 0.0417 i - 0.744 (LSST Science
     Book, 2009, eq. 3.8), at least 0.1; half-light radii are log-normal about
-    0.35" at i = 24 with slope -0.11 dex per mag and 0.22 dex scatter (the
-    trend of HST COSMOS, Leauthaud et al. 2007). Half of the galaxies are
+    0.35" at i = 24 with slope -0.11 dex per mag and 0.22 dex scatter by default
+    (the trend of HST COSMOS, Leauthaud et al. 2007). Half of the galaxies are
     disks, 30 percent bulge and disk with colours of their own, 20 percent
     single Sersic profiles. Disks are oblate with intrinsic thickness 0.2,
     seen at random inclination.
@@ -201,7 +207,7 @@ def draw_population(
     k = count_slope * np.log(10.0)
     mag = lo + np.log1p(p * np.expm1(k * (hi - lo))) / k if abs(k) > 1e-9 else lo + p * (hi - lo)
     redshift = np.clip(rng.gamma(3.0, np.maximum(0.0417 * mag - 0.744, 0.1)), 0.02, 3.99)
-    size = np.clip(0.35 * 10 ** (-0.11 * (mag - 24) + 0.22 * rng.standard_normal(n)), 0.04, 5.0)
+    size = np.clip(0.35 * 10 ** (-0.11 * (mag - 24) + size_scatter * rng.standard_normal(n)), 0.04, 5.0)
 
     family = rng.choice(3, size=n, p=(0.5, 0.3, 0.2))  # disk, bulge + disk, single Sersic
     is_disk, is_both, is_single = (family == i for i in range(3))
@@ -225,7 +231,8 @@ def draw_population(
     q[:, 0] = np.sqrt(cos_i**2 + thickness**2 * (1 - cos_i**2))
     single_q = np.clip(1 - np.abs(rng.normal(0.0, 0.35, n)), 0.2, 1.0)
     q[is_single, 0] = single_q[is_single]
-    sersic[:, 0] = np.where(is_single, np.clip(2.0 * np.exp(0.6 * rng.standard_normal(n)), 0.5, 5.5), 1.0)
+    index = np.clip(2.0 * np.exp(0.6 * rng.standard_normal(n)), *sersic_range)
+    sersic[:, 0] = np.where(is_single, index, 1.0)
     # Profiles cost GalSim a table per index: a grid of tenths is dense enough.
     sersic[:, 0] = np.round(sersic[:, 0], 1)
     early = np.clip((sersic[:, 0] - 1.0) / 3.0, 0, 1)

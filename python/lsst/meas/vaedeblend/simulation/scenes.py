@@ -26,12 +26,16 @@ from collections.abc import Iterator
 import galsim
 import numpy as np
 import scipy.fft
+import scipy.ndimage
 from numpy.typing import NDArray
 
 from ..ground.psf import adaptive_moments, difference_kernel_ft, moments_sigma
 from .config import SceneConfig
 from .galaxies import MODEL_SIGMA, GalaxyBank
-from .surveys import SurveyInfo
+from .surveys import AB_ZEROPOINT_NJY, SurveyInfo
+
+_BRIGHTEST = 10 ** (-0.4 * (15.0 - AB_ZEROPOINT_NJY))
+"""Flux beyond which no source is made brighter, nJy: 15 mag."""
 
 
 def squared_snr(flux: NDArray, noise: NDArray, area: NDArray, psf_moments: NDArray) -> NDArray:
@@ -75,11 +79,14 @@ class PsfBank:
         PSF images, sum 1. Half are Kolmogorov, half Moffat (beta 2.5 to 4.5) profiles, with the pixel.
     moments : `numpy.ndarray`, (P, 3) float32
         Adaptive moments Ixx, Iyy, Ixy, pixel^2.
+    wide : `numpy.ndarray`, (P, W, W)
+        The same with the wings, ``config.psf_size`` pixels wide.
     """
 
     def __init__(self, config: SceneConfig, pixel_scale: float, rng: np.random.Generator, size: int = 41):
         n, (low, high) = config.psf_bank_size, config.psf_fwhm_range
-        stamps = np.empty((n, size, size))
+        width = max(size, config.psf_size)
+        wide = np.empty((n, width, width))
         for i in range(n):
             fwhm = rng.uniform(low, high)
             if rng.random() < 0.5:
@@ -88,14 +95,19 @@ class PsfBank:
                 profile = galsim.Moffat(beta=rng.uniform(2.5, 4.5), fwhm=fwhm)
             g = config.psf_max_ellipticity * np.sqrt(rng.random())
             profile = profile.shear(g=g, beta=rng.random() * np.pi * galsim.radians)
-            image = profile.drawImage(nx=size, ny=size, scale=pixel_scale, method="auto")
-            stamps[i] = image.array / image.array.sum()
-        self.stamps = stamps
-        self.moments = adaptive_moments(stamps).astype(np.float32)
+            wide[i] = profile.drawImage(nx=width, ny=width, scale=pixel_scale, method="auto").array
+        inner = slice((width - size) // 2, (width + size) // 2)
+        wide /= wide[:, inner, inner].sum(axis=(1, 2), keepdims=True)
+        self.stamps, self.wide = wide[:, inner, inner], wide
+        self.moments = adaptive_moments(self.stamps).astype(np.float32)
 
     def kernels(self, size: int) -> np.ndarray:
-        """Transforms of the difference kernels from the model frame, (P, size, size // 2 + 1) complex64."""
-        return difference_kernel_ft(self.stamps, MODEL_SIGMA, size).astype(np.complex64)
+        """Transforms of the difference kernels from the model frame, (P, size, size // 2 + 1) complex64.
+
+        With the wings where they fit on the grid.
+        """
+        stamps = self.wide if self.wide.shape[-1] <= size else self.stamps
+        return difference_kernel_ft(stamps, MODEL_SIGMA, size).astype(np.complex64)
 
 
 @dataclasses.dataclass
@@ -254,11 +266,12 @@ class SceneComposer:
         size, half, nb = c.field_size, c.cutout_size // 2, len(bank.bands)
         rows, x, y = self._place()
         n = len(x)
+        gain, boosted = self._gains(rows)
         turns = rng.integers(0, 8, n)
         psf_index = rng.integers(0, len(self.psfs.moments), nb)
         depth = np.exp(rng.uniform(*np.log(c.noise_range)) + c.noise_band_scatter * rng.standard_normal(nb))
         noise = (self.survey.noise * depth).astype(np.float32)
-        targets = self._choose_targets(x, y, rows, noise, psf_index)
+        targets = self._choose_targets(x, y, rows, noise, psf_index, gain, boosted)
         subtracted = not self.isolated and rng.random() < c.subtracted_fraction
 
         canvas = np.zeros((nb, size, size), np.float32)
@@ -268,7 +281,7 @@ class SceneComposer:
         for i in range(n):
             row = rows[i]
             parts = slice(bank.first[row], bank.first[row] + bank.count[row])
-            flux = bank.flux[parts]
+            flux = bank.flux[parts] * gain[i]
             if i in slot:
                 k = slot[i]
                 stamp = quarter_turn(np.tensordot(flux.T, bank.stamps[parts], axes=1), turns[i])
@@ -282,13 +295,16 @@ class SceneComposer:
                 truth[k] = stamp[:, low[0] : low[0] + 2 * half, low[1] : low[1] + 2 * half]
                 radius = middle
             else:
-                if subtracted:
-                    wrong = c.subtraction_error * rng.standard_normal((len(flux), 1))
-                    flux = flux * np.clip(wrong, -0.5, 0.5).astype(np.float32)
-                radius = bank.radius[row]
                 middle = bank.stamps.shape[-1] // 2
+                # What is left out of the square around a bright source would still be seen.
+                radius = middle if boosted[i] else bank.radius[row]
                 cut = slice(middle - radius, middle + radius + 1)
-                stamp = quarter_turn(np.tensordot(flux.T, bank.stamps[parts, cut, cut], axes=1), turns[i])
+                part_stamps = bank.stamps[parts, cut, cut]
+                if subtracted:
+                    stamp = self._residual(flux, part_stamps)
+                else:
+                    stamp = np.tensordot(flux.T, part_stamps, axes=1)
+                stamp = quarter_turn(stamp, turns[i])
             y0, x0 = y[i] - radius, x[i] - radius
             ya, yb = max(y0, 0), min(y0 + 2 * radius + 1, size)
             xa, xb = max(x0, 0), min(x0 + 2 * radius + 1, size)
@@ -300,12 +316,20 @@ class SceneComposer:
         # Photon noise of the sources themselves, at the exposure that this depth stands for.
         counts = (self._counts_per_njy / depth**2).astype(np.float32)[:, None, None]
         sigma = np.sqrt(noise[:, None, None] ** 2 + np.maximum(observed, 0) / counts)
-        observed += sigma * rng.standard_normal(observed.shape, np.float32)
+        saturated = None
+        if rng.random() < c.saturated_fraction:
+            saturated = self._saturated(observed, psf_index, x, y)
+        observed += sigma * self._unit_noise(observed.shape)
+        if c.sky_error:
+            observed += (noise * rng.uniform(-c.sky_error, c.sky_error, nb).astype(np.float32))[:, None, None]
 
         image = np.empty_like(truth)
-        for k, (cy, cx) in enumerate(corner):
-            image[k] = observed[:, cy : cy + 2 * half, cx : cx + 2 * half]
         valid = self._masks(len(targets), nb, 2 * half)
+        for k, (cy, cx) in enumerate(corner):
+            square = np.s_[:, cy : cy + 2 * half, cx : cx + 2 * half]
+            image[k] = observed[square]
+            if saturated is not None:
+                valid[k] &= ~saturated[square]
         image *= valid
         return Cutouts(
             image=image,
@@ -314,13 +338,95 @@ class SceneComposer:
             psf_moments=np.tile(self.psfs.moments[psf_index], (len(targets), 1, 1)),
             psf_index=np.tile(psf_index, (len(targets), 1)),
             target=truth,
-            target_flux=self._total_flux[rows[targets]],
+            target_flux=self._total_flux[rows[targets]] * gain[targets],
         )
 
-    def _choose_targets(self, x, y, rows, noise, psf_index) -> np.ndarray:
+    def _gains(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of the fluxes of sources, (n, B) float32, and which sources are boosted, (n,) bool."""
+        rng, c = self.rng, self.config
+        n, nb = len(rows), len(self.bank.bands)
+        gain, boosted = np.ones((n, nb)), np.zeros(n, bool)
+        if c.odd_colour_fraction and not self.isolated:
+            for i in np.flatnonzero(rng.random(n) < c.odd_colour_fraction):
+                kind = rng.integers(3)
+                if kind == 0:
+                    gain[i, : rng.integers(1, nb)] = 0.0
+                elif kind == 1:
+                    gain[i, np.arange(nb) != rng.integers(nb)] = 0.0
+                else:
+                    gain[i] = np.exp(0.7 * rng.standard_normal(nb))
+        if c.boosted_fraction and not self.isolated:
+            boosted = rng.random(n) < c.boosted_fraction
+            brightest = self._total_flux[rows].max(axis=1)
+            boost = np.exp(rng.uniform(np.log(3.0), np.log(c.largest_boost), n))
+            # Nothing is brighter than stars are.
+            boost = np.minimum(boost, np.maximum(1.0, _BRIGHTEST / brightest))
+            gain[boosted] *= boost[boosted, None]
+        return gain.astype(np.float32), boosted
+
+    def _residual(self, flux: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+        """What is left of a source, (B, P, P), after its components were subtracted with errors.
+
+        Fluxes (K, B) and stamps (K, P, P) are the components'.
+        """
+        rng, c = self.rng, self.config
+        scale = 10 ** -rng.uniform(0.0, c.subtraction_spread) if c.subtraction_spread else 1.0
+        wrong = scale * c.subtraction_error * rng.standard_normal((len(flux), 1))
+        stamp = np.tensordot((flux * np.clip(wrong, -0.5, 0.5).astype(np.float32)).T, stamps, axes=1)
+        if c.subtraction_shift:
+            # To first order, a model at another place differs by its gradient.
+            dy, dx = (scale * c.subtraction_shift * rng.standard_normal(2)).astype(np.float32)
+            whole = np.tensordot(flux.T, stamps, axes=1)
+            stamp[:, 1:-1] += 0.5 * dy * (whole[:, 2:] - whole[:, :-2])
+            stamp[:, :, 1:-1] += 0.5 * dx * (whole[:, :, 2:] - whole[:, :, :-2])
+        return stamp
+
+    def _unit_noise(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Gaussian noise (B, H, W) float32 of unit variance, neighbouring pixels correlated as configured.
+
+        White noise through the filter (a, 1, a) along both axes has the correlation 2 a / (1 + 2 a^2) between
+        neighbours.
+        """
+        noise = self.rng.standard_normal(shape, np.float32)
+        low, high = self.config.noise_correlation
+        if high > 0:
+            rho = np.maximum(self.rng.uniform(low, high, shape[0]), 1e-6)
+            a = ((1 - np.sqrt(1 - 2 * rho**2)) / (2 * rho)).astype(np.float32)[:, None, None]
+            for axis in (1, 2):
+                noise = noise + a * (np.roll(noise, 1, axis) + np.roll(noise, -1, axis))
+            noise /= 1 + 2 * a**2
+        return noise
+
+    def _saturated(self, observed: np.ndarray, psf_index: np.ndarray, x, y) -> np.ndarray:
+        """Pixels of a noiseless field (B, H, W) that are lost to bright cores and bleeds, bool.
+
+        A core is what is brighter than the middle of the faintest saturated star, and a rim of a few pixels.
+        Charge bleeds along columns, the farther the brighter the source is.
+        """
+        rng, (low, high) = self.rng, self.config.saturation_mag_range
+        size = observed.shape[-1]
+        flux = 10 ** (-0.4 * (rng.uniform(low, high, len(observed)) - AB_ZEROPOINT_NJY))
+        level = flux * self.psfs.stamps[psf_index].max(axis=(1, 2))
+        bad = observed > level[:, None, None]
+        if not bad.any():
+            return bad
+        line = np.arange(-3, 4)
+        rim = np.hypot(line[:, None], line) <= rng.uniform(1.0, 3.5)
+        bad = scipy.ndimage.binary_dilation(bad, rim[None])
+        for px, py in zip(x, y, strict=True):
+            if not (0 <= px < size and 0 <= py < size):
+                continue
+            for band in np.flatnonzero(observed[:, py, px] > 3 * level):
+                reach = int(4 * np.sqrt(observed[band, py, px] / level[band]) * rng.uniform(0.5, 2.0))
+                width = rng.integers(0, 2)
+                bad[band, max(0, py - reach) : py + reach + 1, max(0, px - width) : px + width + 1] = True
+        # Coadds of some surveys share one mask.
+        return np.broadcast_to(bad.any(axis=0), bad.shape) if rng.random() < 0.3 else bad
+
+    def _choose_targets(self, x, y, rows, noise, psf_index, gain, boosted) -> np.ndarray:
         """Sources that a peak finder could have found, of any rank, in random order."""
         c, half = self.config, self.config.cutout_size // 2
-        flux = self._total_flux[rows]
+        flux = self._total_flux[rows] * gain
         area = self.bank.area[rows][:, None]
         snr = np.sqrt(squared_snr(flux, noise, area, self.psfs.moments[psf_index]).sum(axis=1))
         # A peak that is off by some pixels must still leave the cutout inside of the field.
@@ -331,6 +437,7 @@ class SceneComposer:
             # One peak is all that remains of sources within 1.5 pixels; it belongs to the brighter.
             near = (x[:, None] - x) ** 2 + (y[:, None] - y) ** 2 <= 1.5**2
             inside &= ~(near & (snr > snr[:, None])).any(axis=1)
+        inside &= ~boosted
         return self.rng.permutation(np.flatnonzero(inside))[: c.targets_per_field]
 
     def _masks(self, n: int, nb: int, size: int) -> np.ndarray:

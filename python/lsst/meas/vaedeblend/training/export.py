@@ -23,9 +23,10 @@ from torch import Tensor
 from ..ground.bands import reference_band
 from ..ground.psf import gaussian_psf
 from ..ground.statistics import nmad
+from ..ground.writing import whole_file
 from ..network import Network, NetworkMetadata, embed_metadata, read_metadata
 from ..simulation.blends import psf_stamp
-from ..simulation.config import TrainingConfig, training_length
+from ..simulation.config import SceneConfig, TrainingConfig, training_length
 from ..simulation.galaxies import MODEL_SIGMA
 from ..simulation.ksb import ksb_shape
 from ..simulation.scenes import Cutouts, squared_snr
@@ -33,6 +34,7 @@ from ..simulation.surveys import SurveyInfo
 from .derivatives import MixtureTangents
 from .fit import SceneData, VaeModule
 from .fitting import Linearise, Render
+from .history import run_history
 from .networks import Deblender, Decoder, build_networks
 from .weights import halve_weights, load_weights, round_weights
 
@@ -183,7 +185,8 @@ def write_fit_graphs(network: str | os.PathLike, config: TrainingConfig, out: st
     decoder.load_state_dict({k: weights[k] for k in decoder.state_dict()})
     for kind, graph in fit_graphs(decoder.eval()).items():
         own = dataclasses.replace(metadata, kind=kind)
-        (Path(out) / f"{metadata.name}_{kind}.onnx").write_bytes(embed_metadata(graph, own))
+        with whole_file(Path(out) / f"{metadata.name}_{kind}.onnx") as part:
+            part.write_bytes(embed_metadata(graph, own))
 
 
 def _without_traces(model):
@@ -337,12 +340,15 @@ def export_network(
     ------
     RuntimeError
         If the exported graphs do not agree with torch.
+    ValueError
+        If banks or checkpoints were made with another configuration.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    checkpoint = Path(run) / step / "final.ckpt"
     scenes = SceneData(config, data, step, workers=0)
     module = VaeModule(config, step, scenes.kernel_power())
-    checkpoint = Path(run) / step / "final.ckpt"
+    history = run_history(run, config, step)
     module.load_state_dict(load_weights(checkpoint))
     deblender = Deblender(module.encoder, module.decoder).eval().float()
     # channels_last is for training; the graph is written in the plain layout.
@@ -355,7 +361,6 @@ def export_network(
     text = _config_text(config)
     name = config.name if step == "deblender" else f"{config.name}_{step}"
     training_range, frame, centre = _conditions(config, survey)
-    steps = ("prior",) if step == "prior" else ("prior", "deblender")
     metadata = NetworkMetadata(
         name=name,
         kind="deblender",
@@ -370,8 +375,7 @@ def export_network(
             "config": text,
             "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "git_commit": _git_commit(),
-            "samples": {name: getattr(config, name).samples for name in steps},
-            "base": {name: getattr(config, name).base for name in steps},
+            **_training(history, step),
             "description": _describe(config),
             "command": command,
         },
@@ -404,7 +408,8 @@ def export_network(
         own = dataclasses.replace(metadata, figures_of_merit=merit)
         for kind, graph in graphs.items():
             file = path if kind == "deblender" else out / f"{name}_{kind}.onnx"
-            file.write_bytes(embed_metadata(graph, dataclasses.replace(own, kind=kind)))
+            with whole_file(file) as part:
+                part.write_bytes(embed_metadata(graph, dataclasses.replace(own, kind=kind)))
         return own
 
     write({})
@@ -417,6 +422,22 @@ def export_network(
     merit["command"] = command
     write_card(write(merit), out / f"{name}.md")
     return path
+
+
+def _training(history: dict[str, dict], step: str) -> dict[str, dict]:
+    """Samples, hours and first weights of each step, by step, as the checkpoints tell.
+
+    A prior that is not there was that of the first weights, whose decoder the deblender keeps.
+    """
+    before = history[step]["initial_samples"]
+    samples = {name: before[name] for name in ("prior",) if name in before and name not in history}
+    base = {}
+    for name, own in history.items():
+        samples[name] = own["samples"]
+        seen = own["initial_samples"].get(name)
+        base[name] = own["initial"] + (f" ({seen} samples)" if seen else "")
+    hours = {name: round(own["hours"], 3) for name, own in history.items()}
+    return {"samples": samples, "base": base, "hours": hours}
 
 
 def _conditions(config: TrainingConfig, survey: SurveyInfo) -> tuple[dict, dict, float]:
@@ -453,8 +474,28 @@ def _describe(config: TrainingConfig) -> str:
         f"in fields of {s.density_range[0]:g} to {s.density_range[1]:g} sources per square arcmin; "
         f"PSF FWHM {s.psf_fwhm_range[0]:g} to {s.psf_fwhm_range[1]:g} arcsec, ellipticity to "
         f"{s.psf_max_ellipticity:g}; noise {s.noise_range[0]:g} to {s.noise_range[1]:g} times that of "
-        f"{config.survey}'s full exposure in surveycodex."
+        f"{config.survey}'s full exposure in surveycodex{_describe_extras(s)}."
     )
+
+
+def _describe_extras(s: SceneConfig) -> str:
+    """What scenes have beyond the default ones."""
+    low, high = s.noise_correlation
+    extras = [
+        (high, f"noise of neighbouring pixels correlated by {low:g} to {high:g}"),
+        (s.sky_error, f"sky left over up to {s.sky_error:g} of the noise"),
+        (
+            s.saturated_fraction,
+            f"bright cores masked in {100 * s.saturated_fraction:g} percent of the fields",
+        ),
+        (s.psf_size > 41, f"PSFs {s.psf_size} pixels wide"),
+        (
+            s.boosted_fraction,
+            f"{100 * s.boosted_fraction:g} percent of the sources up to {s.largest_boost:g} times brighter",
+        ),
+        (s.odd_colour_fraction, f"{100 * s.odd_colour_fraction:g} percent with colours of no template"),
+    ]
+    return "".join(f"; {text}" for there, text in extras if there)
 
 
 def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
@@ -463,6 +504,7 @@ def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
     ranges = [(b, *m.training_range["noise"][b]) for b in m.bands]
     noise = ", ".join(f"{b} {low:.2g}-{high:.2g}" for b, low, high in ranges)
     narrow, wide = m.training_range["psf_fwhm"]
+    hours = ", ".join(f"{step} {spent:g}" for step, spent in t.get("hours", {}).items())
     size, pixel = m.cutout_size, [int(c) if c == int(c) else c for c in m.centre]
     frame = f"{m.frame['type']}, "
     if m.frame["type"] == "gaussian":
@@ -482,6 +524,7 @@ def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
         f"| PSF FWHM in training | {narrow:g} to {wide:g} arcsec |",
         f"| noise in training (nJy per pixel) | {noise} |",
         f"| samples | {training_length(t)} |",
+        f"| hours of training | {hours or 'unknown'} |",
         f"| training configuration (sha256) | {t['config_sha256']} |",
         f"| code | {t['git_commit']} |",
         f"| licence | {m.licence} |",
@@ -502,4 +545,5 @@ def write_card(metadata: NetworkMetadata, path: str | os.PathLike) -> None:
     for key, value in m.figures_of_merit.items():
         if key != "command":
             lines.append(f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |")
-    Path(path).write_text("\n".join(lines) + "\n")
+    with whole_file(path) as part:
+        part.write_text("\n".join(lines) + "\n")

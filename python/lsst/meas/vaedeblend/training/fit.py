@@ -4,29 +4,31 @@
 
 from __future__ import annotations
 
-__all__ = ["SceneData", "VaeModule", "fit_step", "whiten"]
+__all__ = ["SceneData", "VaeModule", "fit_step", "settle_norms", "whiten"]
 
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..ground.bands import reference_band
-from ..simulation.banks import bank_paths, survey_of
+from ..simulation.banks import bank_checksum, bank_paths, survey_of
 from ..simulation.blends import BlendBanks, BlendComposer
 from ..simulation.config import FitConfig, TrainingConfig
 from ..simulation.galaxies import GalaxyBank
 from ..simulation.scenes import PsfBank, SceneComposer
 from .convolutional import normalise
+from .history import History, read_history
 from .losses import LossTerms, bernoulli_loss, evidence_loss, logarithmic
 from .networks import build_networks
 from .optimizer import Muon
@@ -100,11 +102,12 @@ class SceneData(lightning.LightningDataModule):
         """
         config = self._config
         isolated = self._step == "prior" if isolated is None else isolated
+        made_with = bank_checksum(config)
         if config.composition == "blends":
-            banks = BlendBanks.load(self._directory, sample, self.survey)
+            banks = BlendBanks.load(self._directory, sample, self.survey, made_with)
             size, exposures = config.scene.cutout_size, self._fit.exposures if sample == "train" else 1
             return lambda rng: BlendComposer(banks, self.survey, config.blend, size, rng, isolated, exposures)
-        bank, psfs = GalaxyBank.load(self._directory / f"{sample}.npz"), self.psfs
+        bank, psfs = GalaxyBank.load(self._directory / f"{sample}.npz", made_with), self.psfs
         assert psfs is not None
         return lambda rng: SceneComposer(bank, psfs, self.survey, config.scene, rng, isolated=isolated)
 
@@ -156,6 +159,8 @@ class VaeModule(lightning.LightningModule):
             self.decoder.requires_grad_(False)
         self.reference = config.bands.index(reference_band(config.bands))
         self.register_buffer("kernel_power", kernel_power, persistent=False)
+        # Fraction of a run's time that is over; `fit_step` knows it for runs that are limited in time.
+        self.time_used: Callable[[], float] = lambda: 0.0
 
     @property
     def _autocast(self) -> torch.dtype | None:
@@ -227,9 +232,13 @@ class VaeModule(lightning.LightningModule):
         for i in (0, 1):
             response = _response(e_model[:, [i]], e_truth[:, [i]])
             self.log(f"val_response_e{i + 1}", response.float(), prog_bar=True, batch_size=n)
-        colour_response = _response(
-            log_flux[bright].diff(dim=1), batch["target_flux"][bright].clamp(min=1e-3).log().diff(dim=1)
+        # What is fainter than the noise has no colour.
+        faint = torch.log(batch["noise"][bright])
+        colours = (
+            torch.maximum(f, faint).diff(dim=1)
+            for f in (log_flux[bright], batch["target_flux"][bright].log())
         )
+        colour_response = _response(*colours)
         self.log("val_response_colour", colour_response, prog_bar=True, batch_size=n)
 
     def configure_optimizers(self):
@@ -246,7 +255,8 @@ class VaeModule(lightning.LightningModule):
         def rate(i: int) -> float:
             if i < warm:
                 return (i + 1) / warm
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (i - warm) / max(1, total - warm)))) + 1e-3
+            done = max((i - warm) / max(1, total - warm), self.time_used())
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) + 1e-3
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -309,6 +319,52 @@ def whiten(module: VaeModule, scenes: SceneData, samples: int = 8192) -> None:
         network.transform_latents(matrix, mean.mean(0).float())
 
 
+@torch.no_grad()
+def settle_norms(module: VaeModule, scenes: SceneData, samples: int = 2048) -> None:
+    """Give normalisations without statistics those of a step; the encoder's outputs stay as they are.
+
+    Those of simplified artefacts come as mere biases (`~lsst.meas.vaedeblend.training.weights.load_weights`):
+    in training, where batches are normalised by their own statistics, the first step would start from another
+    function.
+
+    Parameters
+    ----------
+    module : `VaeModule`
+    scenes : `SceneData`
+    samples : `int`, optional
+        Number of scenes that give mean and variance.
+    """
+    norms: list[Any] = [m for m in module.encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    norms = [norm for norm in norms if not norm.running_mean.any()]
+    if not norms:
+        return
+    module.eval()
+    sums = {norm: torch.zeros(3, norm.num_features, dtype=torch.float64) for norm in norms}
+
+    def measure(norm, inputs) -> None:
+        x = inputs[0].transpose(0, 1).flatten(1).double()
+        sums[norm] += torch.stack([torch.full((len(x),), float(x.shape[1])), x.sum(1), x.square().sum(1)])
+
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    batches = scenes.composer("train")(np.random.default_rng([scenes.seed, 12])).batches(128)
+    for _ in range(-(-samples // 128)):
+        batch = next(batches)
+        inputs = (batch.image, batch.valid.astype(np.float32), batch.noise, batch.psf_moments)
+        module.encoder(*map(torch.from_numpy, inputs))
+    for hook in hooks:
+        hook.remove()
+    for norm, (count, first, second) in sums.items():
+        mean = first / count
+        variance = (second / count - mean.square()).clamp(min=1e-6)
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        shift = norm.bias - scale * norm.running_mean
+        norm.weight.copy_(scale * torch.sqrt(variance + norm.eps))
+        norm.bias.copy_(shift + scale * mean)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+    module.train()
+
+
 def _start_from(module: VaeModule, source: str | os.PathLike) -> None:
     """Give a module its first weights, all of them."""
     weights, wanted = load_weights(source), module.state_dict().keys()
@@ -334,6 +390,8 @@ def fit_step(
     workers: int = 1,
     progress: bool = True,
     initial: str | os.PathLike | None = None,
+    hours: float | None = None,
+    command: str = "",
 ) -> Path:
     """Run one step, from the start or from where it was left.
 
@@ -356,6 +414,11 @@ def fit_step(
         What the step takes its first weights from, for transfer learning, as in
         `~lsst.meas.vaedeblend.training.weights.load_weights`. A deblender keeps the decoder found there if
         ``run`` has no prior.
+    hours : `float`, optional
+        End after so long, whatever the number of samples; the learning rate has come down by then.
+        Interruptions do not count.
+    command : `str`, optional
+        The command that runs the step, for the card of the network.
 
     Returns
     -------
@@ -366,13 +429,21 @@ def fit_step(
     FileNotFoundError
         If a bank is not there, or the deblender is asked for, and there is neither a trained prior nor a
         checkpoint to start from.
+    ValueError
+        If a bank, or what ``run`` holds, was made with another configuration.
     """
     run = Path(run) / step
     last, final = run / "last.ckpt", run / "final.ckpt"
     if final.exists():
+        read_history(final, config, step)
         _LOG.info("Step %s is complete: %s.", step, final)
         return final
     settings: FitConfig = getattr(config, step)
+    # Lightning has handlers of its own besides the application's, and everything would be said twice.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
     lightning.seed_everything(settings.seed)
     # Far from a narrow Gaussian the images underflow, and denormal numbers are slow on most processors.
     torch.set_flush_denormal(True)
@@ -382,9 +453,11 @@ def fit_step(
         module.set_scale(scenes.mean_maximum())
     if initial is not None:
         _start_from(module, initial)
+        settle_norms(module, scenes)
     if step == "deblender":
         prior = run.parent / "prior" / "final.ckpt"
         if prior.exists():
+            read_history(prior, config, "prior")
             weights = load_weights(prior)
             # The encoder of another deblender stays; the decoder is always the prior's.
             part = module if initial is None else module.decoder
@@ -398,6 +471,8 @@ def fit_step(
             raise FileNotFoundError(
                 f"The deblender needs the decoder of a trained prior; there is no {prior}."
             )
+    history = History(config, step, initial, hours, command)
+    module.time_used = history.time_used
     trainer = lightning.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -418,6 +493,9 @@ def fit_step(
                 enable_version_counter=False,
             ),
             LearningRateMonitor("step"),
+            history,
+            # The richer bar counts epochs, of which an endless stream has none ("Epoch 0/-2").
+            *([TQDMProgressBar()] if progress else []),
         ],
         enable_progress_bar=progress,
         default_root_dir=run,
@@ -426,5 +504,6 @@ def fit_step(
     trainer.fit(module, scenes, ckpt_path=last if last.exists() else None, weights_only=True)
     if step == "prior" and not module.convolutional:
         whiten(module.cpu(), scenes)
+    # Lightning writes checkpoints whole or not at all.
     trainer.save_checkpoint(final)
     return final

@@ -75,15 +75,20 @@ def shape_chi2(morphology: Tensor, target: Tensor, power: Tensor, noise: Tensor)
 
 
 def flux_loss(log_flux: Tensor, target_flux: Tensor, noise: Tensor, area: float = 40.0) -> Tensor:
-    """Error of the log fluxes in units of their uncertainty, robust to outliers; (N, B).
+    """Error of the fluxes in units of their uncertainty, robust to outliers; (N, B).
 
-    The uncertainty is that of a matched filter over ``area`` square pixels in
+    The uncertainty b is that of a matched filter over ``area`` square pixels in
     background noise, with a floor of 5 percent, so that the flux of bright
-    sources does not rule the loss.
+    sources does not rule the loss. Fluxes are compared as asinh(F / 2 b) (Lupton et al. 1999,
+    https://doi.org/10.1086/301004): as logarithms where they are bright, and linearly in the noise, where a
+    band without light asks for a flux of 0 and a logarithm would not care.
     """
-    target = target_flux.clamp(min=1e-3)
-    sigma = torch.sqrt((noise * area**0.5 / target).square() + 0.05**2)
-    error = (log_flux - torch.log(target)) / sigma
+    softening = 2.0 * area**0.5 * noise
+    target = target_flux / softening
+    sigma = torch.sqrt(0.25 / (1.0 + target.square()) + 0.05**2)
+    # A bound well above any flux, where the exponential is still finite.
+    model = torch.exp(log_flux.clamp(max=40.0)) / softening
+    error = (torch.asinh(model) - torch.asinh(target)) / sigma
     return functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=2.0)
 
 

@@ -21,12 +21,18 @@ from .packing import HALF, unpack_weights
 _MANY_WEIGHTS = 4096
 """Tensors with at least as many elements are worth storing in half precision."""
 
+_FOLDED = ".weight_bias"
+"""What the names of the biases end in that simplified graphs have in place of normalisations."""
+
+_NORMS = {"first": "norm1", "second": "norm2"}
+"""Normalisations after the convolutions of a residual block; in a sequence it is the next module."""
+
 
 def load_weights(source: str | os.PathLike) -> dict[str, Tensor]:
     """Read the weights of encoder and decoder from a checkpoint or from a deblender's artefact.
 
     Of a checkpoint only tensors are read, and nothing is unpickled beyond them; an artefact's checksum is
-    verified.
+    verified. Weights of simplified graphs are those of a network with the same outputs.
 
     Parameters
     ----------
@@ -42,6 +48,8 @@ def load_weights(source: str | os.PathLike) -> dict[str, Tensor]:
     ------
     NetworkError
         If there is no such artefact, or if it is unsound.
+    ValueError
+        If its graph was simplified in a way that cannot be undone.
     """
     if Path(source).suffix == ".ckpt":
         return torch.load(source, map_location="cpu", weights_only=True)["state_dict"]
@@ -53,7 +61,32 @@ def load_weights(source: str | os.PathLike) -> dict[str, Tensor]:
         decoder = unpack_weights(onnx.load_model_from_string(read_model(beside)))
         weights |= {f"decoder.{name}": array for name, array in decoder.items()}
     parts = ("encoder.", "decoder.")
-    return {name: torch.from_numpy(array) for name, array in weights.items() if name.startswith(parts)}
+    own = {name: torch.from_numpy(array) for name, array in weights.items() if name.startswith(parts)}
+    return _unfold(own)
+
+
+def _unfold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give normalisations back to convolutions that a simplified graph has folded them into.
+
+    Such a convolution has the bias ``NAME.weight_bias``, which none has in `Encoder`. The normalisation that
+    follows it there becomes one that adds this bias and does nothing else: outputs are the same, and
+    `~lsst.meas.vaedeblend.training.fit.settle_norms` gives it the statistics of pixels again.
+    """
+    unfolded = {}
+    for name, tensor in weights.items():
+        unfolded[name] = tensor
+        if not name.endswith(_FOLDED):
+            continue
+        del unfolded[name]
+        where, _, convolution = name.removesuffix(_FOLDED).rpartition(".")
+        norm = _NORMS.get(convolution) or (str(int(convolution) + 1) if convolution.isdecimal() else None)
+        if norm is None:
+            raise ValueError(f"{name} belongs to no normalisation that is known.")
+        unfolded[f"{where}.{norm}.weight"] = torch.ones_like(tensor)
+        unfolded[f"{where}.{norm}.bias"] = tensor
+        unfolded[f"{where}.{norm}.running_mean"] = torch.zeros_like(tensor)
+        unfolded[f"{where}.{norm}.running_var"] = torch.full_like(tensor, 1.0 - nn.BatchNorm2d(1).eps)
+    return unfolded
 
 
 @torch.no_grad()
