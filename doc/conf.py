@@ -20,7 +20,7 @@ except ImportError:
     sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
     extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_automodapi.automodapi", "lsst_tasks"]
     default_role = "py:obj"
-    exclude_patterns = ["_build", "experiments", "*.md"]
+    exclude_patterns = ["_build", "changes", "experiments", "*.md"]
     napoleon_google_docstring = False
     napoleon_use_ivar = True
     suppress_warnings = ["autodoc.mocked_object"]

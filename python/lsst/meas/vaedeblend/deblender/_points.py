@@ -30,7 +30,7 @@ _CORE = 4.0
 """Radius, pixel, within which a masked pixel makes any source a candidate: nothing is known of its core."""
 
 _STEPS = 4
-"""Steps of the fit of a position."""
+"""Steps of the first fit of a position; later fits start from where it led, and take one."""
 
 _FAR = 2.5
 """Distance from its peak, pixel, beyond which a point is not moved."""
@@ -81,7 +81,7 @@ def refit_points(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return rows
     data, weight = _data(state, rows)
     before = _chi2(data - _own(state, rows), weight)
-    position, flux, error, images, _ = _fit(state, rows, data, weight)
+    position, flux, error, images, _ = _fit(state, rows, data, weight, steps=1)
     after = _chi2(data - images * flux[:, :, None, None].astype(np.float32), weight)
     better = np.isfinite(after) & (after < before)
     _put(state, rows[better], position[better], flux[better], error[better], images[better])
@@ -139,7 +139,7 @@ def _chi2(residual: NDArray, weight: NDArray) -> NDArray[np.float64]:
 
 
 def _fit(
-    state: State, rows: NDArray[np.int64], data: NDArray, weight: NDArray
+    state: State, rows: NDArray[np.int64], data: NDArray, weight: NDArray, steps: int = _STEPS
 ) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
     """Fit points by Gauss-Newton steps in position, fluxes solved for in each.
 
@@ -160,7 +160,7 @@ def _fit(
     )
     position = start.copy()
     covariance = np.full((len(rows), 2, 2), np.nan)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         _, images = state.draw_points(rows, position)
         flux, own = _fluxes(images, data, weight)
         scaled = images * flux[:, :, None, None].astype(np.float32)

@@ -44,7 +44,7 @@ class CompareDeblendersConnections(
         dimensions=("skymap", "tract", "patch", "band"),
         multiple=True,
     )
-    objects = cT.Input(
+    objectCatalog = cT.Input(
         doc="Catalogue of this deblender's objects.",
         name="object_vae_deblend",
         storageClass="ArrowAstropy",
@@ -148,7 +148,7 @@ class CompareDeblendersTask(PipelineTask):
         data_id = butlerQC.quantum.dataId
         assert data_id is not None, "the quanta of a task with dimensions have data IDs"
         name = f"{data_id['tract']}_{data_id['patch']}"
-        outputs = self.run(coadds, butlerQC.get(inputRefs.objects), models, scarlet=scarlet, name=name)
+        outputs = self.run(coadds, butlerQC.get(inputRefs.objectCatalog), models, scarlet=scarlet, name=name)
         butlerQC.put(outputs.metrics, outputRefs.metrics)
         butlerQC.put(outputs.comparedObjects, outputRefs.comparedObjects)
 
