@@ -53,7 +53,7 @@ def test_the_papers_networks_ship_with_one_decoder_for_each_prior():
     assert len(PAPER) == 7 and len(folders) == 1
     (folder,) = folders
     assert folder != resolve("lsst_ugrizy").resolve().parent
-    networks = {name: load_network(name, threads=1) for name in PAPER}
+    networks = {name: Network.load(name, threads=1) for name in PAPER}
     decoders = {network.decoder.path for network in networks.values()}
     assert decoders == set(folder.glob("*_decoder.onnx")) and len(decoders) == 4
     own, prior = networks["arcelin2020_lsst"], networks["arcelin2020_lsst_prior"]
@@ -65,7 +65,7 @@ def test_the_papers_networks_ship_with_one_decoder_for_each_prior():
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_networks_were_changed_little_by_packing(name):
     """Less than two percent of the models and half a percent of the fluxes, on blends that pack.py drew."""
-    figures = load_network(name, threads=1).metadata.figures_of_merit
+    figures = Network.load(name, threads=1).metadata.figures_of_merit
     assert figures["packing_model_rms"] < 0.02 and figures["packing_latent_median"] < 0.05
     assert abs(figures["packing_flux_median"]) < 0.005 and figures["packing_flux_std"] < 0.005
 
@@ -161,5 +161,7 @@ def test_simulated_galaxies_come_out_with_their_fluxes(name):
     assert chi2[4] - 1 < 0.7 * (chi2[0] - 1)
     # Of a normal distribution 68 percent lie within one standard deviation, and the median at 0.67.
     assert 0.3 < np.median(np.abs(error) / sources.flux_err[index[bright], band]) < 1.5
-    moments, deviation = sources.moments[index[bright], band], sources.moments_err[index[bright], band]
+    galaxy = index[bright & ~sources.flags["point_source"][index]]
+    assert len(galaxy) >= 0.8 * bright.sum()
+    moments, deviation = sources.moments[galaxy, band], sources.moments_err[galaxy, band]
     assert (moments[:, :2] > 0).all() and (deviation > 0).all()

@@ -25,10 +25,15 @@ def test_widths_are_those_of_a_sampled_chain(gaussian_network, x, flux):
     scene, _ = synthetic.make_scene(x, y, flux, 1.1, shape=(84, 84), one_parent=True, psf_sigma=1.6)
     # What the chain knows of: noise and prior, nothing else.
     config = DeblendConfig(
-        refinementModelError=0.0, fluxSystematic=0.0, posteriorScale=1.0, findNewPeaks=False
+        refinementModelError=0.0,
+        fluxSystematic=0.0,
+        neighbourError=0.0,
+        posteriorScale=1.0,
+        subtractSky=False,
+        findNewPeaks=False,
     )
     state = State(scene, gaussian_network, config)
-    result = _deblend(state)
+    result = _deblend(state, None)
     k, length = result.sources.latent_mean.shape
     assert not result.sources.flags["no_convergence"].any()
     snr = result.sources.flux / result.sources.flux_err

@@ -115,7 +115,6 @@ class State:
         """
         config, bands = self.config, len(self.valid)
         self.noise_factor: NDArray[np.float64] = np.ones(bands)
-        self.sky: NDArray[np.float32] | None = None
         free = ~self._near_footprints()
         spread = np.ones(bands)
         if config.measureNoiseCorrelation:
@@ -123,8 +122,8 @@ class State:
             self.noise_factor = _stepwise(noise_factor(correlation, self.detection_sigma))
             spread = _stepwise(noise_factor(correlation, np.inf))
         if config.subtractSky and free.any():
-            self.sky, _ = local_sky(self.image, self.weight, free, spread, prior=config.skyPrior)
-            self.image = np.where(self.valid, self.image - self.sky, np.float32(0.0))
+            sky, _ = local_sky(self.image, self.weight, free, spread, prior=config.skyPrior)
+            self.image = np.where(self.valid, np.subtract(self.image, sky, out=sky), np.float32(0.0))
         self.weight /= self.noise_factor[:, None, None].astype(np.float32)
 
     def _near_footprints(self) -> NDArray[np.bool_]:
