@@ -253,10 +253,10 @@ class VaeModule(lightning.LightningModule):
         warm = max(1, min(200, total // 10))
 
         def rate(i: int) -> float:
-            if i < warm:
-                return (i + 1) / warm
-            done = max((i - warm) / max(1, total - warm), self.time_used())
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) + 1e-3
+            # A run that ends by time may do so before it is warm: its rate comes down all the same.
+            rise = min(1.0, (i + 1) / warm)
+            done = min(1.0, max((i - warm) / max(1, total - warm), self.time_used(), 0.0))
+            return rise * (0.5 * (1 + math.cos(math.pi * done)) + 1e-3)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
