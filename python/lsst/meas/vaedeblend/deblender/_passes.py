@@ -14,7 +14,7 @@ from ._drawing import Drawn
 from ._fluxes import solve
 from ._state import State
 
-__all__ = ["apply_network", "first_answers", "improve", "take_pass", "try_by_passes"]
+__all__ = ["apply_network", "ask", "first_answers", "improve", "take_pass", "try_by_passes"]
 
 _CHANGED = 1.0
 """Squared signal-to-noise ratio, per band, of neighbours' light in the middle of a cutout above which the
@@ -27,13 +27,13 @@ _MIDDLE = 16
 def first_answers(state: State, parents: list[int]) -> None:
     """Take all members of some parents through the network, and those again that had much else in view."""
     rows = state.members_of(parents)
-    _ask(state, rows)
+    ask(state, rows)
     state.iterations[parents] += 1
     for _ in range(state.config.minPasses - 1):
         again = rows[_neighbours_light(state, rows) > _CHANGED * int(state.usable.sum())]
         if not len(again):
             break
-        _ask(state, again)
+        ask(state, again)
         state.iterations[np.unique(state.rows.parent[again])] += 1
 
 
@@ -53,11 +53,12 @@ def _neighbours_light(state: State, rows: NDArray[np.int64]) -> NDArray[np.float
 
 def take_pass(state: State, parents: list[int]) -> None:
     """Take all members of some parents through the network, then solve for their fluxes."""
-    _ask(state, state.members_of(parents))
+    ask(state, state.members_of(parents))
     state.iterations[parents] += 1
 
 
-def _ask(state: State, rows: NDArray[np.int64]) -> None:
+def ask(state: State, rows: NDArray[np.int64]) -> None:
+    """Take some sources through the network, all other models subtracted, then solve for their fluxes."""
     # Bounded pieces, so that the cutouts of a rich patch need not all exist at once.
     piece = 4 * state.config.batchSize
     # All see the same residual: what a source's neighbours look like must not depend on its piece.

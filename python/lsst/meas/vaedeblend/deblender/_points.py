@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from ..inference import kernels
+from ..inference import kernels, overlapping_pairs
 from ..rendering import square
 from ._drawing import Drawn, GridDrawing
 from ._fluxes import solve
@@ -52,7 +52,9 @@ def choose_points(
 ) -> NDArray[np.int64]:
     """Weigh both hypotheses for some sources, make those points that are probably so; return these.
 
-    Sources stay what they once became: as long as models still move, only those should that are beyond doubt.
+    Sources stay what they once became. As long as models still move, only those should that are beyond doubt
+    (``least_log_odds`` above 0), and of those that overlap the one with the largest odds: next to a star that
+    is drawn as a galaxy nothing looks like what it is.
     """
     r = state.rows
     assert isinstance(state.drawing, GridDrawing)
@@ -67,8 +69,12 @@ def choose_points(
     log_odds = 0.5 * (as_galaxy - as_point) + _prior_log_odds(flux, error)
     log_odds += _occam_of_point(flux, error, spread) - log_occam(state, rows)
     sound = np.isfinite(log_odds) & np.isfinite(flux).all(axis=1) & (flux > 0).any(axis=1)
-    r.point_probability[rows] = np.where(sound, expit(np.where(sound, log_odds, 0.0)), 0.0)
     kept = np.flatnonzero(sound & (log_odds > least_log_odds))
+    if least_log_odds > 0:
+        kept = kept[_leading(state, rows[kept], log_odds[kept])]
+    # Of the others the last word is said when models have come to rest.
+    told = kept if least_log_odds > 0 else np.arange(len(rows))
+    r.point_probability[rows[told]] = np.where(sound, expit(np.where(sound, log_odds, 0.0)), 0.0)[told]
     _put(state, rows[kept], position[kept], flux[kept], error[kept], images[kept])
     return rows[kept]
 
@@ -86,6 +92,17 @@ def refit_points(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     better = np.isfinite(after) & (after < before)
     _put(state, rows[better], position[better], flux[better], error[better], images[better])
     return rows[better & (before - after > state.config.refinementTolerance)]
+
+
+def _leading(state: State, rows: NDArray[np.int64], log_odds: NDArray) -> NDArray[np.bool_]:
+    """Which of some sources have larger odds than all others whose cutouts overlap with theirs, (K,)."""
+    size = np.full(len(rows), state.size)
+    one, other = overlapping_pairs(state.rows.corner[rows], size).T
+    out = np.ones(len(rows), bool)
+    first = log_odds[one] >= log_odds[other]
+    out[other[first]] = False
+    out[one[~first]] = False
+    return out
 
 
 def _candidates(state: State, rows: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ..network import Network
@@ -15,10 +16,10 @@ from ..scene import Scene
 from ._config import DeblendConfig
 from ._drawing import GridDrawing
 from ._fluxes import measure
-from ._passes import first_answers, improve, try_by_passes
+from ._passes import ask, first_answers, improve, try_by_passes
 from ._points import choose_points, refit_points
 from ._pruning import drop
-from ._refinement import refine, refine_rows, set_posterior, try_by_refinement, unsettled, wake
+from ._refinement import refine, refine_rows, set_posterior, try_by_refinement, unsettled, visible, wake
 from ._result import DeblendResult, assemble
 from ._start import place_first
 from ._state import State
@@ -34,6 +35,9 @@ _TURNS = 3
 
 _BEYOND_DOUBT = 50.0
 """Log odds of a point source before galaxies have been fitted to the end."""
+
+_STEPS_BESIDE_POINTS = 2
+"""Steps of refinement before it is asked which further sources are points beyond doubt."""
 
 _LATE_ROUNDS = 1
 """Times that sources go on which have not settled after all."""
@@ -112,7 +116,15 @@ def _go_on_with_refinement(state: State, parents: list[int], progress: Progress 
     open_ = _to_search(state, parents)
     # What a model may still become, it becomes only after the search: it would take in what has no peak yet.
     refine(state, parents, _FIRST_STEPS if open_ else None)
-    _decide_points(state, parents, _BEYOND_DOUBT)
+    for _ in range(_TURNS):
+        points = _decide_points(state, parents, _BEYOND_DOUBT)
+        if not len(points):
+            break
+        # What was drawn beside a star that was no star yet is no place to go on from.
+        near = visible(state, state.members_of(parents), points)
+        ask(state, near[~state.rows.point[near]])
+        refit_points(state, points)
+        refine(state, parents, _STEPS_BESIDE_POINTS)
     for iteration in range(1, state.config.maxIterations + 1):
         moving = unsettled(state, parents)
         if not moving and not open_:
@@ -135,10 +147,12 @@ def _go_on_with_refinement(state: State, parents: list[int], progress: Progress 
     measure(state, state.members_of(parents))
 
 
-def _decide_points(state: State, parents: list[int], least_log_odds: float = 0.0) -> None:
-    """Make those sources points that are probably so; what sees them goes on."""
+def _decide_points(state: State, parents: list[int], least_log_odds: float = 0.0) -> NDArray[np.int64]:
+    """Make those sources points that are probably so, and return them; what sees them goes on."""
     rows = state.members_of(parents)
-    wake(state, rows, choose_points(state, rows, least_log_odds))
+    points = choose_points(state, rows, least_log_odds)
+    wake(state, rows, points)
+    return points
 
 
 def _settle(state: State, parents: list[int]) -> None:

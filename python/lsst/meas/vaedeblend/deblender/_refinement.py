@@ -16,7 +16,16 @@ from ._fluxes import solve
 from ._passes import apply_network
 from ._state import State
 
-__all__ = ["log_occam", "refine", "refine_rows", "set_posterior", "try_by_refinement", "unsettled", "wake"]
+__all__ = [
+    "log_occam",
+    "refine",
+    "refine_rows",
+    "set_posterior",
+    "try_by_refinement",
+    "unsettled",
+    "visible",
+    "wake",
+]
 
 _MAX_STEP = 2.0
 """Longest step of one source, in standard deviations of the prior: the models are linear no farther."""
@@ -81,6 +90,11 @@ def wake(state: State, rows: NDArray[np.int64], moved: NDArray[np.int64]) -> Non
     r.settled[near] = r.point[near]
     r.stuck[near] = False
     r.damping[near] = 0.0
+
+
+def visible(state: State, rows: NDArray[np.int64], moved: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of some sources whose squares overlap with others', and these themselves."""
+    return rows[_sees(state, rows, moved)]
 
 
 def _sees(state: State, rows: NDArray[np.int64], moved: NDArray[np.int64]) -> NDArray[np.bool_]:
