@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from ..ground.cutouts import cut_out
 from ..inference import kernels
-from ..rendering import square
 from ._drawing import Drawn
 from ._fluxes import solve
 from ._state import State
@@ -39,16 +38,12 @@ def first_answers(state: State, parents: list[int]) -> None:
 
 def _neighbours_light(state: State, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Squared signal-to-noise ratio of all other models in the middle of each cutout, (K,)."""
-    r = state.rows
-    out, width = np.zeros(len(rows)), min(_MIDDLE, state.size)
+    width = min(_MIDDLE, state.size)
     y, x = np.ascontiguousarray(state.start(rows, width).T)
     others = kernels.cut(state.image, y, x, width) - kernels.cut(state.residual, y, x, width)
     weight = kernels.cut(state.weight, y, x, width)
-    for _, index in r.stamps.by_width(rows):
-        own = square(r.stamps.images(rows[index]), width)
-        others[index] -= own * r.flux[rows[index]].astype(np.float32)[:, :, None, None]
-    out[:] = np.einsum("kbyx,kbyx,kbyx->k", others, others, weight)
-    return out
+    others -= state.models(rows, width)
+    return np.einsum("kbyx,kbyx,kbyx->k", others, others, weight)
 
 
 def take_pass(state: State, parents: list[int]) -> None:
@@ -109,9 +104,7 @@ def apply_network(state: State, rows: NDArray[np.int64], residual: NDArray | Non
     y, x = np.ascontiguousarray(r.corner[rows].T)
     valid = kernels.cut(state.valid, y, x, state.size)
     image = kernels.cut(state.residual if residual is None else residual, y, x, state.size)
-    for _, index in r.stamps.by_width(rows):
-        scale = r.flux[rows[index]].astype(np.float32)[:, :, None, None]
-        image[index] += square(r.stamps.images(rows[index]) * scale, state.size)
+    image += state.models(rows, state.size)
     image *= valid
     noise, cell = r.noise[rows], r.cell[rows]
     mean, sigma, drawn = state.drawing.answer(image, valid, noise, cell, state.config.batchSize)

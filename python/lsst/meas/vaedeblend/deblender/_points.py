@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from ..inference import kernels, overlapping_pairs
-from ..rendering import square
 from ._drawing import Drawn, GridDrawing
 from ._fluxes import solve
 from ._refinement import log_occam
@@ -65,7 +64,7 @@ def choose_points(
     data, weight = _data(state, rows)
     position, flux, error, images, spread = _fit(state, rows, data, weight)
     as_point = _chi2(data - images * flux[:, :, None, None].astype(np.float32), weight)
-    as_galaxy = _chi2(data - _own(state, rows), weight)
+    as_galaxy = _chi2(data - state.models(rows, state.size), weight)
     log_odds = 0.5 * (as_galaxy - as_point) + _prior_log_odds(flux, error)
     log_odds += _occam_of_point(flux, error, spread) - log_occam(state, rows)
     sound = np.isfinite(log_odds) & np.isfinite(flux).all(axis=1) & (flux > 0).any(axis=1)
@@ -86,7 +85,7 @@ def refit_points(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     if not len(rows):
         return rows
     data, weight = _data(state, rows)
-    before = _chi2(data - _own(state, rows), weight)
+    before = _chi2(data - state.models(rows, state.size), weight)
     position, flux, error, images, _ = _fit(state, rows, data, weight, steps=1)
     after = _chi2(data - images * flux[:, :, None, None].astype(np.float32), weight)
     better = np.isfinite(after) & (after < before)
@@ -137,18 +136,8 @@ def _data(state: State, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], N
     """What others leave of the image on the cutouts of sources, and its weights, (K, B, S, S)."""
     state.soften(rows)
     y, x = np.ascontiguousarray(state.rows.corner[rows].T)
-    data = kernels.cut(state.residual, y, x, state.size) + _own(state, rows)
+    data = kernels.cut(state.residual, y, x, state.size) + state.models(rows, state.size)
     return data, kernels.cut(state.soft_weight, y, x, state.size)
-
-
-def _own(state: State, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Models of sources on their cutouts, (K, B, S, S)."""
-    r = state.rows
-    out = np.zeros((len(rows), len(state.metadata.bands), state.size, state.size), np.float32)
-    for _, index in r.stamps.by_width(rows):
-        scale = r.flux[rows[index]].astype(np.float32)[:, :, None, None]
-        out[index] = square(r.stamps.images(rows[index]) * scale, state.size)
-    return out
 
 
 def _chi2(residual: NDArray, weight: NDArray) -> NDArray[np.float64]:

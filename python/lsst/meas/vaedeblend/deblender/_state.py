@@ -15,7 +15,7 @@ from ..ground.psf import moments_sigma
 from ..ground.sky import local_sky
 from ..inference import kernels
 from ..network import Network
-from ..rendering import Renderer
+from ..rendering import Renderer, square
 from ..scene import Scene
 from ._config import DeblendConfig
 from ._drawing import Drawn, choose_drawing
@@ -297,6 +297,15 @@ class State:
         """Scene coordinates (x, y) of the pixel in the middle of sources' cutouts, (K, 2)."""
         middle = np.floor(np.array(self.metadata.centre) + 0.5).astype(np.int64)
         return (self.rows.corner[rows] + middle)[:, ::-1]
+
+    def models(self, rows: NDArray[np.int64], width: int) -> NDArray[np.float32]:
+        """Models of sources, nJy, on squares of some width, 0 where they have none, (K, B, width, width)."""
+        r = self.rows
+        out = np.zeros((len(rows), len(self.metadata.bands), width, width), np.float32)
+        for _, index in r.stamps.by_width(rows):
+            scale = r.flux[rows[index]].astype(np.float32)[:, :, None, None]
+            out[index] = square(r.stamps.images(rows[index]), width) * scale
+        return out
 
     def draw_points(
         self, rows: NDArray[np.int64], position: NDArray[np.float64]
