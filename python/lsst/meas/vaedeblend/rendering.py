@@ -188,21 +188,19 @@ class Renderer:
         dx, dy, cell = np.asarray(dx, float), np.asarray(dy, float), np.asarray(psf_index, np.int64)
         models = self.point_sources(dx, dy)
         observed = self.observed(models, cell)
-        observed += self.halo(dx, dy, cell, self.metadata.cutout_size)
+        observed += self._halo(dx, dy, cell)
         observed /= 1.0 + self._halo_light[cell].astype(np.float32)[:, :, None, None]
         return models, observed
 
-    def halo(self, dx: NDArray, dy: NDArray, cell: NDArray, width: int) -> NDArray[np.float32]:
-        """Continue PSFs beyond their stamps as power laws, (N, B, width, width), see `wings`.
+    def _halo(self, dx: NDArray, dy: NDArray, cell: NDArray) -> NDArray[np.float32]:
+        """Continue PSFs beyond their stamps as power laws, (N, B, S, S), see `wings`.
 
-        The offsets are those from the cutout's centre, which lies in the same pixel of a square of any even
-        width; the unit is the light inside of the stamp.
+        The offsets are those from the cutout's centre; the unit is the light inside of the stamp.
         """
         level, slope = self._wings
-        h, w = self.psf.stamps.shape[2:]
-        shift = width // 2 - self.metadata.cutout_size // 2
-        y = np.arange(width) - (self.metadata.centre[0] + shift + dy)[:, None]
-        x = np.arange(width) - (self.metadata.centre[1] + shift + dx)[:, None]
+        (h, w), pixels = self.psf.stamps.shape[2:], np.arange(self.metadata.cutout_size)
+        y = pixels - (self.metadata.centre[0] + dy)[:, None]
+        x = pixels - (self.metadata.centre[1] + dx)[:, None]
         outside = (np.abs(y) > h / 2)[:, :, None] | (np.abs(x) > w / 2)[:, None, :]
         distance = np.maximum(np.hypot(y[:, :, None], x[:, None, :]) / (min(h, w) / 2), 1.0)
         log = np.log(distance)[:, None] * -slope[cell][:, :, None, None]
@@ -221,9 +219,7 @@ class Renderer:
         nothing = np.zeros(1)
         return np.concatenate(
             [
-                self.halo(nothing, nothing, cells[i : i + 1], self.metadata.cutout_size).sum(
-                    axis=(2, 3), dtype=np.float64
-                )
+                self._halo(nothing, nothing, cells[i : i + 1]).sum(axis=(2, 3), dtype=np.float64)
                 for i in cells
             ]
         )

@@ -211,7 +211,10 @@ class SourceModels:
         latent = np.asarray(table["latent_mean"], np.float32).reshape(n, decoder.metadata.latent_size)
         flux = np.asarray(table["flux"], float).reshape(n, len(bands))
         fallback = np.asarray(table["fallback"], bool)
-        point = fallback | np.asarray(table["point_source"], bool)
+        # Tables of earlier versions know no point sources.
+        known = "point_source" in table.colnames
+        point_source = np.asarray(table["point_source"], bool) if known else np.zeros(n, bool)
+        point = fallback | point_source
         renderer = Renderer(decoder.metadata, psf)
         templates = {}
         if point.any():
@@ -253,7 +256,7 @@ class SourceModels:
             moments=np.full((*flux.shape, 3), np.nan, np.float32),
             moments_err=np.full((*flux.shape, 3), np.nan, np.float32),
             images=images,
-            flags={"fallback": fallback, "point_source": np.asarray(table["point_source"], bool)},
+            flags={"fallback": fallback, "point_source": point_source},
             blendedness=nothing.copy(),
             data_coverage=nothing.copy(),
             chi2=nothing.copy(),
