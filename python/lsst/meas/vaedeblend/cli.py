@@ -82,8 +82,7 @@ def path(name: str) -> None:
     """
     from .ground.files import shipped_file
 
-    with _failures():
-        click.echo(shipped_file(name))
+    click.echo(shipped_file(name))
 
 
 @main.command()
@@ -112,16 +111,15 @@ def demo(
     """Simulate a patch, run `pipetask run` on it, compare with the truth, and draw a figure in OUT."""
     from .demo import format_table, run_demo
 
-    with _failures():
-        summary = run_demo(
-            out,
-            network=network,
-            survey=survey,
-            seed=seed,
-            n_galaxies=galaxies,
-            cells=cells,
-            overwrite=overwrite,
-        )
+    summary = run_demo(
+        out,
+        network=network,
+        survey=survey,
+        seed=seed,
+        n_galaxies=galaxies,
+        cells=cells,
+        overwrite=overwrite,
+    )
     click.echo(format_table(summary))
     click.echo(f"Figure: {out / 'demo.png'}")
 
@@ -182,45 +180,44 @@ def deblend(
     from .deblender import DeblendConfig
     from .images import deblend_images
 
-    with _failures():
-        settings = DeblendConfig()
-        settings.allowMissingBands = False
-        settings.findNewPeaks = None
-        _configure(settings, config)
-        points = _by_band("--zeropoint", zeropoint)
-        images = read_images(
-            _by_band("--image", image),
-            psf=_by_band("--psf", psf),
-            variance=_by_band("--variance", variance),
-            weight=_by_band("--weight", weight),
-            mask=_by_band("--mask", mask),
-            bands=(bands.split(",") if "," in bands else tuple(bands)) if bands else None,
-            zeropoint=_numbers("--zeropoint", points),
-            pixel_scale=pixel_scale,
-            wcs=wcs,
-            peaks=peaks,
-            bad_bits=None if bad_bits is None else int(bad_bits, 0),
-            check=not force,
+    settings = DeblendConfig()
+    settings.allowMissingBands = False
+    settings.findNewPeaks = None
+    _configure(settings, config)
+    points = _by_band("--zeropoint", zeropoint)
+    images = read_images(
+        _by_band("--image", image),
+        psf=_by_band("--psf", psf),
+        variance=_by_band("--variance", variance),
+        weight=_by_band("--weight", weight),
+        mask=_by_band("--mask", mask),
+        bands=(bands.split(",") if "," in bands else tuple(bands)) if bands else None,
+        zeropoint=_numbers("--zeropoint", points),
+        pixel_scale=pixel_scale,
+        wcs=wcs,
+        peaks=peaks,
+        bad_bits=None if bad_bits is None else int(bad_bits, 0),
+        check=not force,
+    )
+    if settings.findNewPeaks is None:
+        settings.findNewPeaks = images.peaks is None
+    bar_ = click.progressbar(length=100, label="deblend", item_show_func=lambda what: what)
+    with _quiet("lsst.meas.vaedeblend.network"), bar_ as bar:
+
+        def progress(part: float, what: str) -> None:
+            bar.update(math.floor(100 * part) - bar.pos, what)
+
+        summary = deblend_images(
+            images,
+            out,
+            network=network,
+            config=settings,
+            threads=threads,
+            stamps=stamps,
+            n_blends=blends,
+            overwrite=overwrite,
+            progress=progress,
         )
-        if settings.findNewPeaks is None:
-            settings.findNewPeaks = images.peaks is None
-        bar_ = click.progressbar(length=100, label="deblend", item_show_func=lambda what: what)
-        with _quiet("lsst.meas.vaedeblend.network"), bar_ as bar:
-
-            def progress(part: float, what: str) -> None:
-                bar.update(math.floor(100 * part) - bar.pos, what)
-
-            summary = deblend_images(
-                images,
-                out,
-                network=network,
-                config=settings,
-                threads=threads,
-                stamps=stamps,
-                n_blends=blends,
-                overwrite=overwrite,
-                progress=progress,
-            )
     _echo(summary, skip="bands")
     click.echo(f"Results: {out}")
 
@@ -234,8 +231,7 @@ def simulate(config: Path, data: Path, processes: int) -> None:
     from .simulation.banks import make_banks
     from .simulation.config import load_config
 
-    with _failures():
-        make_banks(load_config(config), data, processes)
+    make_banks(load_config(config), data, processes)
 
 
 @main.command()
@@ -287,15 +283,14 @@ def train(
         hours=hours,
         command=_train_command(config.name, step, initial, initial_prior, hours),
     )
-    with _failures():
-        settings = load_config(config)
-        starts = (("prior", initial_prior), ("deblender", initial))
-        for _, start in starts:
-            if start is not None:
-                resolve(start)  # what is missing is better known before the first step than after it
-        for name, start in starts:
-            if step in (None, name):
-                checkpoint = fit_step(settings, name, data, run, initial=start, **options)
+    settings = load_config(config)
+    starts = (("prior", initial_prior), ("deblender", initial))
+    for _, start in starts:
+        if start is not None:
+            resolve(start)  # what is missing is better known before the first step than after it
+    for name, start in starts:
+        if step in (None, name):
+            checkpoint = fit_step(settings, name, data, run, initial=start, **options)
     click.echo(f"Checkpoint: {checkpoint}")
 
 
@@ -333,13 +328,12 @@ def export(config: Path, data: Path, run: Path, out: Path, step: str) -> None:
     # The card names the commands with their files' names, not with where they happened to lie.
     name = f"config/training/{config.name}"
     option = "" if step == "deblender" else f" --step {step}"
-    with _failures():
-        settings = load_config(config)
-        lines = [f"vaedeblend simulate {name} DATA"]
-        for history in run_history(run, settings, step).values():
-            lines += [line for line in history["commands"] if line and line not in lines]
-        lines.append(f"vaedeblend export {name} DATA RUN OUT{option}")
-        path = export_network(settings, data, run, out, "\n".join(lines), step)
+    settings = load_config(config)
+    lines = [f"vaedeblend simulate {name} DATA"]
+    for history in run_history(run, settings, step).values():
+        lines += [line for line in history["commands"] if line and line not in lines]
+    lines.append(f"vaedeblend export {name} DATA RUN OUT{option}")
+    path = export_network(settings, data, run, out, "\n".join(lines), step)
     click.echo(f"Network: {path}")
 
 
@@ -369,16 +363,15 @@ def compare(
     from .evaluation.comparison.run import compare as run
     from .evaluation.comparison.run import format_verdict
 
-    with _failures():
-        comparison = run(
-            entrants,
-            out,
-            images=images,
-            truth=truth,
-            pixel_scale=pixel_scale,
-            radius=radius,
-            network=network,
-        )
+    comparison = run(
+        entrants,
+        out,
+        images=images,
+        truth=truth,
+        pixel_scale=pixel_scale,
+        radius=radius,
+        network=network,
+    )
     click.echo(format_verdict(comparison))
     click.echo(f"Report: {out / 'compare.html'}")
 
@@ -418,20 +411,18 @@ def fields(
     if stamps is not None:
         from .evaluation.comparison.run import score_stamps
 
-        with _failures():
-            _echo(score_stamps(directory, stamps, out), skip="classes")
+        _echo(score_stamps(directory, stamps, out), skip="classes")
         click.echo(f"Numbers of each class of objects: {out / 'score.json'}")
         return
 
     from .deblender import DeblendConfig
     from .evaluation.fields import evaluate_fields
 
-    with _failures():
-        settings = DeblendConfig()
-        _configure(settings, config)
-        summary = evaluate_fields(
-            directory, out, network=network, detect=detect, threads=threads, config=settings
-        )
+    settings = DeblendConfig()
+    _configure(settings, config)
+    summary = evaluate_fields(
+        directory, out, network=network, detect=detect, threads=threads, config=settings
+    )
     _echo(summary, skip="fields")
 
 
@@ -444,8 +435,7 @@ def hsc(directory: Path, out: Path, network: str, processes: int) -> None:
     """Run the HSC blends of DIRECTORY through `pipetask run` and write hsc.json and hsc.png to OUT."""
     from .evaluation.hsc import evaluate_hsc
 
-    with _failures():
-        summary = evaluate_hsc(directory, out, network=network, processes=processes)
+    summary = evaluate_hsc(directory, out, network=network, processes=processes)
     _echo(summary, skip="blends")
 
 
@@ -459,8 +449,7 @@ def injection(directory: Path, out: Path, network: str, per_blend: int, seed: in
     """Inject simulated galaxies into the HSC blends of DIRECTORY; write how they come out to OUT."""
     from .evaluation.injection import evaluate_injection
 
-    with _failures():
-        summary = evaluate_injection(directory, out, network=network, per_blend=per_blend, seed=seed)
+    summary = evaluate_injection(directory, out, network=network, per_blend=per_blend, seed=seed)
     _echo(summary, skip="galaxies")
 
 
@@ -490,17 +479,16 @@ def paper(
     """Measure the networks of Arcelin et al. (2020) anew: figures and numbers in OUT/paper.html and .json."""
     from .evaluation.paper import evaluate_paper
 
-    with _failures():
-        summary = evaluate_paper(
-            out,
-            configs=configs,
-            artefacts=artefacts,
-            real_catalogue=real_catalogue,
-            samples=samples,
-            galaxies=galaxies,
-            draws=draws,
-            threads=threads,
-        )
+    summary = evaluate_paper(
+        out,
+        configs=configs,
+        artefacts=artefacts,
+        real_catalogue=real_catalogue,
+        samples=samples,
+        galaxies=galaxies,
+        draws=draws,
+        threads=threads,
+    )
     _echo(summary, skip="table")
     click.echo(f"Report: {out / 'paper.html'}")
 
