@@ -25,8 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ground": set(),
     "scene": {"ground"},
     "network": {"ground"},
-    "rendering": {"ground", "scene", "network"},
-    "sources": {"ground", "scene", "network", "rendering"},
+    "rendering": {"ground", "scene", "network", "inference"},
+    "sources": {"ground", "scene", "network", "inference", "rendering"},
     # Arrays in, arrays out: no knowledge of scenes, sources and procedure.
     "inference": {"ground", "network"},
     "deblender": BELOW_OUTPUT,

@@ -336,8 +336,9 @@ def _draw_blends(
             alone = np.zeros_like(total)
             # Onto the same square as the blend, so that it is seen where it lies.
             y0, x0 = int(models.corner_y[i]), int(models.corner_x[i])
-            ys, xs = slice(max(y0, 0), y0 + size), slice(max(x0, 0), x0 + size)
-            part = models.images.observed([i])[0][:, ys.start - y0 :, xs.start - x0 :]
+            own = models.images.observed([i])[0]
+            ys, xs = slice(max(y0, 0), y0 + own.shape[1]), slice(max(x0, 0), x0 + own.shape[2])
+            part = own[:, ys.start - y0 :, xs.start - x0 :]
             target = alone[:, ys, xs]
             target += part[:, : target.shape[1], : target.shape[2]]
             alone = cut_out(alone, corner_y, corner_x, size)[0]

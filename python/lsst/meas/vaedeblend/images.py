@@ -230,12 +230,13 @@ def _wcs_header(images: Images) -> fits.Header:
 def _write_stamps(path: Path, scene: Scene, result: DeblendResult) -> None:
     """Write the image of every object as shared out, and its model, one row per object."""
     sources = result.sources
+    corner_y, corner_x = sources.corners()
     table = Table(
         {
             "id": sources.id,
             "parent": sources.parent,
-            "corner_x": sources.corner_x,
-            "corner_y": sources.corner_y,
+            "corner_x": corner_x,
+            "corner_y": corner_y,
             "deblended": redistribute(scene, sources),
             "model": sources.observed,
         }

@@ -154,13 +154,11 @@ class _View:
 
     def deblended(self, rows: NDArray[np.int64]) -> list[NDArray[np.float32]]:
         """The images of objects as they were shared out, on the window."""
-        size = self.models.images.size
-        corner = np.column_stack([self.models.corner_y, self.models.corner_x])
+        corner = np.column_stack(self.models.corners(rows)) - self.origin
         shares = redistribute(self.scene, self.models, rows=rows)
-        out = []
-        for row, share in zip(rows, shares[:, self.used], strict=True):
+        out, size = [], shares.shape[-1]
+        for (dy, dx), share in zip(corner, shares[:, self.used], strict=True):
             whole = np.zeros(self.image.shape, np.float32)
-            dy, dx = corner[row] - self.origin
             y1, y2 = max(dy, 0), min(dy + size, self.shape[0])
             x1, x2 = max(dx, 0), min(dx + size, self.shape[1])
             whole[:, y1:y2, x1:x2] = share[:, y1 - dy : y2 - dy, x1 - dx : x2 - dx]

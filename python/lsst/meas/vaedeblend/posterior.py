@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .ground.bands import reference_band
 from .ground.psf import adaptive_moments
 from .network import Network
-from .rendering import Renderer, latent_shapes, unit_shapes
+from .rendering import Renderer, latent_shapes, square, unit_shapes
 from .scene import PsfGrid
 from .sources import SourceModels
 
@@ -125,7 +125,7 @@ def _scatter(
     flat = latent.reshape(k * d, -1)
     if network.can_fit and refined.all():
         # Errors of fluxes are those of the fit, and shapes of Gaussians need no pixels.
-        moments = latent_shapes(network.render, flat, band)
+        moments = latent_shapes(network.render.mixture, flat, band, network.metadata)
         sound = np.ones((k, d, 1), bool)
         return np.zeros((k, len(models.bands))), _spread(moments.reshape(k, d, 3), sound)
     shapes, _, whole = unit_shapes(network.decoder.render(flat))
@@ -133,7 +133,8 @@ def _scatter(
     observed = renderer.observed(shapes, np.repeat(models.psf_index[rows], d))
     observed = observed.reshape(k, d, *observed.shape[1:])
     with np.errstate(invalid="ignore", divide="ignore"):
-        own = np.einsum("kbyx,kdbyx->kdb", models.images.observed(rows), observed, dtype=np.float64)
+        model = square(models.images.observed(rows), observed.shape[-1])
+        own = np.einsum("kbyx,kdbyx->kdb", model, observed, dtype=np.float64)
         own /= np.einsum("kdbyx,kdbyx->kdb", observed, observed, dtype=np.float64)
     sound = whole.reshape(k, d, 1)
     scatter = np.where(refined[:, None], 0.0, _spread(own, sound))

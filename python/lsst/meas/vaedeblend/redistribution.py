@@ -13,6 +13,9 @@ from .sources import SourceModels
 
 __all__ = ["redistribute"]
 
+_PIECE = 64
+"""Sources that are rendered at once."""
+
 
 def redistribute(
     scene: Scene, models: SourceModels, footprints: bool = True, rows: ArrayLike | None = None
@@ -37,8 +40,9 @@ def redistribute(
 
     Returns
     -------
-    images : `numpy.ndarray`, (N, B, S, S)
-        Images of the sources as observed, nJy, on the models' cutouts; 0 in invalid pixels.
+    images : `numpy.ndarray`, (N, B, W, W)
+        Images of the sources as observed, nJy, on the models' squares (`SourceModels.corners`); 0 in invalid
+        pixels.
 
     Raises
     ------
@@ -46,28 +50,41 @@ def redistribute(
         Raised if the scene lacks a band of the models, or a parent.
     """
     scene = scene.reordered(models.bands)
-    size, corner = models.images.size, np.column_stack([models.corner_y, models.corner_x])
     wanted = np.arange(len(models)) if rows is None else np.atleast_1d(np.asarray(rows, np.int64))
     around = np.arange(len(models))
     if rows is not None:
         # Only what lies on the same pixels has a share of them.
-        apart = np.abs(corner[:, None] - corner[wanted]).max(axis=2)
-        around = np.flatnonzero((apart < size).any(axis=1))
-    share = np.maximum(models.images.observed(around), 0.0)
-    (y, x), parent = corner[around].T, models.parent[around]
-    if footprints:
-        parents = {parent.id: parent for parent in scene.parents}
-        inside = np.zeros((1, *scene.shape), bool)
-        for number in np.unique(parent):
-            own = np.flatnonzero(parent == number)
-            if int(number) not in parents:
-                raise ValueError(f"The models have a parent {number} that the scene does not have.")
-            window, footprint = parents[int(number)].window(scene.shape)
-            inside[0][window] = footprint
-            share[own] *= cut_out(inside, y[own], x[own], size)
-            inside[0][window] = False
+        width = models.images.width
+        middle = np.column_stack([models.corner_y, models.corner_x]) + width[:, None] // 2
+        apart = np.abs(middle[:, None] - middle[wanted]).max(axis=2)
+        reach = (width[:, None] + width[wanted]) // 2 + 1
+        around = np.flatnonzero((apart < reach).any(axis=1))
     total = np.zeros(scene.image.shape, np.float32)
-    add_cutouts(total, share, y, x)
+    # In pieces, as all images together need not fit into memory.
+    for start in range(0, len(around), _PIECE):
+        piece = around[start : start + _PIECE]
+        add_cutouts(total, _shares(scene, models, piece, footprints), *models.corners(piece))
     ratio = np.divide(scene.image, total, out=np.zeros_like(total), where=total > 0)
-    place = np.searchsorted(around, wanted)
-    return share[place] * cut_out(ratio, y[place], x[place], size)
+    share = _shares(scene, models, wanted, footprints)
+    return share * cut_out(ratio, *models.corners(wanted), share.shape[-1])
+
+
+def _shares(
+    scene: Scene, models: SourceModels, rows: NDArray[np.int64], footprints: bool
+) -> NDArray[np.float32]:
+    """Positive parts of models, by which they share, (K, B, W, W)."""
+    share = np.maximum(models.images.observed(rows), 0.0)
+    if not footprints:
+        return share
+    (y, x), parent = models.corners(rows), models.parent[rows]
+    parents = {parent.id: parent for parent in scene.parents}
+    inside = np.zeros((1, *scene.shape), bool)
+    for number in np.unique(parent):
+        own = np.flatnonzero(parent == number)
+        if int(number) not in parents:
+            raise ValueError(f"The models have a parent {number} that the scene does not have.")
+        window, footprint = parents[int(number)].window(scene.shape)
+        inside[0][window] = footprint
+        share[own] *= cut_out(inside, y[own], x[own], share.shape[-1])
+        inside[0][window] = False
+    return share

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,8 @@ from .ground.psf import (
     matching_kernel_ft,
     wings,
 )
-from .network import Decoder, NetworkMetadata, Render
+from .inference import WIDTHS, Grids
+from .network import Decoder, Mixture, NetworkMetadata
 from .scene import PsfGrid
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Renderer:
         self.psf = psf.filled()
         self._size = fft_size(metadata.cutout_size, max(psf.stamps.shape[2:]))
         self._kernels: dict[int, NDArray[np.complex64]] = {}
+        self._halo_lights: dict[int, NDArray[np.float64]] = {}
 
     def _network_psf(self, band: str) -> NDArray[np.float64]:
         """The PSF that an observed-frame network has in its models, pixel-integrated."""
@@ -168,7 +171,7 @@ class Renderer:
 
 
     def points(
-        self, dx: ArrayLike, dy: ArrayLike, psf_index: ArrayLike
+        self, dx: ArrayLike, dy: ArrayLike, psf_index: ArrayLike, width: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Render unresolved sources, with the wings that their PSFs have beyond the stamps.
 
@@ -178,27 +181,61 @@ class Renderer:
             Offsets from the cutout's centre, pixel.
         psf_index : array_like, (N,)
             PSF cells.
+        width : `int`, optional
+            Width W of the images, S by default, pixel.
 
         Returns
         -------
-        models, observed : `numpy.ndarray`, (N, B, S, S)
-            Images of unit flux in the network's frame, and as the coadd shows them; the latter have sum 1 on
-            the cutout, as long as the source lies well on it.
+        models, observed : `numpy.ndarray`, (N, B, W, W)
+            Images of unit flux in the network's frame, and as the coadd shows them; the latter have sum 1,
+            as long as the source lies well on the cutout.
         """
         dx, dy, cell = np.asarray(dx, float), np.asarray(dy, float), np.asarray(psf_index, np.int64)
+        width = self.metadata.cutout_size if width is None else width
         models = self.point_sources(dx, dy)
-        observed = self.observed(models, cell)
-        observed += self._halo(dx, dy, cell)
-        observed /= 1.0 + self._halo_light[cell].astype(np.float32)[:, :, None, None]
-        return models, observed
+        observed = square(self.observed(models, cell), width) + self._halo(dx, dy, cell, width)
+        observed /= 1.0 + self._halo_light(width)[cell].astype(np.float32)[:, :, None, None]
+        return square(models, width), observed
 
-    def _halo(self, dx: NDArray, dy: NDArray, cell: NDArray) -> NDArray[np.float32]:
-        """Continue PSFs beyond their stamps as power laws, (N, B, S, S), see `wings`.
+    def point_widths(
+        self, flux: ArrayLike, noise: ArrayLike, psf_index: ArrayLike
+    ) -> NDArray[np.int64]:
+        """Choose squares for unresolved sources: the smallest beyond which their wings do not matter.
+
+        Parameters
+        ----------
+        flux, noise : array_like, (N, B)
+            Fluxes and standard deviations of a pixel, nJy.
+        psf_index : array_like, (N,)
+            PSF cells.
+
+        Returns
+        -------
+        widths : `numpy.ndarray`, (N,)
+            The cutout's width S or a larger one of `lsst.meas.vaedeblend.inference.WIDTHS`, pixel; the
+            largest one where none suffices.
+        """
+        cell, size = np.asarray(psf_index, np.int64), self.metadata.cutout_size
+        level, slope = (a[cell] for a in self._wings)
+        half = min(self.psf.stamps.shape[2:]) / 2
+        signal = level * half * np.nan_to_num(np.asarray(flux) / np.asarray(noise), posinf=0.0)
+        # The integral of (level (r / half)^-slope)^2 beyond a circle.
+        power = np.maximum(2.0 * slope - 2.0, 0.5)
+        possible = [size, *(w for w in WIDTHS if w > size)]
+        out = np.full(len(cell), possible[-1])
+        for width in possible[-2::-1]:
+            beyond = 2.0 * np.pi * signal**2 * np.maximum(width / 2 / half, 1.0) ** -power / power
+            out[beyond.sum(axis=1) < 1.0] = width
+        return out
+
+    def _halo(self, dx: NDArray, dy: NDArray, cell: NDArray, width: int) -> NDArray[np.float32]:
+        """Continue PSFs beyond their stamps as power laws, (N, B, W, W), see `wings`.
 
         The offsets are those from the cutout's centre; the unit is the light inside of the stamp.
         """
         level, slope = self._wings
-        (h, w), pixels = self.psf.stamps.shape[2:], np.arange(self.metadata.cutout_size)
+        (h, w), pixels = self.psf.stamps.shape[2:], np.arange(width)
+        pixels = pixels + self.metadata.cutout_size // 2 - width // 2
         y = pixels - (self.metadata.centre[0] + dy)[:, None]
         x = pixels - (self.metadata.centre[1] + dx)[:, None]
         outside = (np.abs(y) > h / 2)[:, :, None] | (np.abs(x) > w / 2)[:, None, :]
@@ -212,17 +249,15 @@ class Renderer:
         """Levels and slopes of the wings of all cells, (P, B)."""
         return wings(self.psf.stamps)
 
-    @cached_property
-    def _halo_light(self) -> NDArray[np.float64]:
-        """Light of a central source beyond the stamp, on the cutout, (P, B)."""
-        cells = np.arange(len(self.psf.stamps))
-        nothing = np.zeros(1)
-        return np.concatenate(
-            [
-                self._halo(nothing, nothing, cells[i : i + 1]).sum(axis=(2, 3), dtype=np.float64)
-                for i in cells
-            ]
-        )
+    def _halo_light(self, width: int) -> NDArray[np.float64]:
+        """Light of a central source beyond the stamp, on squares of some width, (P, B)."""
+        if width not in self._halo_lights:
+            nothing, pieces = np.zeros(1), []
+            for cell in range(len(self.psf.stamps)):
+                halo = self._halo(nothing, nothing, np.array([cell]), width)
+                pieces.append(halo.sum(axis=(2, 3), dtype=np.float64))
+            self._halo_lights[width] = np.concatenate(pieces)
+        return self._halo_lights[width]
 
 
 def _gaussians(x: NDArray, y: NDArray, sigma: float, size: int) -> NDArray[np.float64]:
@@ -258,38 +293,45 @@ def square(images: NDArray, width: int) -> NDArray:
     return out
 
 
-def latent_shapes(draw: Render, latent: NDArray, band: int) -> NDArray[np.float64]:
+def latent_shapes(
+    mixture_of: Callable[[NDArray], Mixture], latent: NDArray, band: int, metadata: NetworkMetadata
+) -> NDArray[np.float64]:
     """Measure adaptive second moments of models in the frame of a network that draws Gaussians.
 
     Parameters
     ----------
-    draw : `Render`
-        Gives the Gaussians.
+    mixture_of : callable
+        Gives the Gaussians of latents.
     latent : `numpy.ndarray`, (N, L)
         Latents.
     band : `int`
         Index of the band.
+    metadata : `NetworkMetadata`
+        Of the network.
 
     Returns
     -------
     moments : `numpy.ndarray`, (N, 3)
         Ixx, Iyy and Ixy, pixel^2.
     """
-    mixture = draw.mixture(latent)
+    mixture = mixture_of(latent)
     # The decoder integrates over pixels by adding their variance.
-    frame = draw.metadata.frame["sigma"] ** 2 + 1.0 / 12.0
+    frame = metadata.frame["sigma"] ** 2 + 1.0 / 12.0
     return adaptive_moments_of_gaussians(mixture.weight[:, band], mixture.position, mixture.covariance, frame)
 
 
 class SourceImages:
     """Images of deblended sources, rendered when they are asked for.
 
+    Several are given on squares of one width W, that of the largest of them; the pixel of index W // 2 is the
+    same pixel of the scene for each width.
+
     Parameters
     ----------
     decoder : `Decoder` or `None`
         Renders the latents; `None` only where every source has a template.
-    render : `Render` or `None`
-        Gives the Gaussians of the latents, where the network draws such.
+    grids : `lsst.meas.vaedeblend.inference.Grids` or `None`
+        Draws the latents on any square, where the network draws Gaussians.
     renderer : `Renderer`
         Takes models to the observed frame.
     latent : `numpy.ndarray`, (N, L)
@@ -300,9 +342,11 @@ class SourceImages:
         Fluxes of the models, nJy; NaN renders as 0.
     flux_network : `numpy.ndarray`, (N, B)
         Fluxes that go with the latents, light beyond the cutout included; NaN where that is not known.
+    width : `numpy.ndarray`, (N,)
+        Widths of the sources' squares, pixel: that of the network's cutout S, or larger.
     templates : `dict` [`int`, `tuple` [`numpy.ndarray`]], optional
-        Images (B, S, S) in the network's frame and as observed, nJy, of sources without a model from the
-        network.
+        Images on their squares in the network's frame and as observed, nJy, of sources without a model
+        from the network.
     """
 
     _CHUNK = 64
@@ -310,33 +354,35 @@ class SourceImages:
     def __init__(
         self,
         decoder: Decoder | None,
-        render: Render | None,
+        grids: Grids | None,
         renderer: Renderer,
         latent: NDArray[np.float32],
         psf_index: NDArray[np.int64],
         flux: NDArray[np.float64],
         flux_network: NDArray[np.float64],
+        width: NDArray[np.int64],
         templates: dict[int, tuple[NDArray, NDArray]] | None = None,
     ) -> None:
-        self._decoder, self._draw, self._renderer = decoder, render, renderer
+        self._decoder, self._grids, self._renderer = decoder, grids, renderer
         self._latent, self._psf_index = latent, psf_index
         self._flux, self._flux_network = flux, flux_network
         self._templates = templates or {}
+        self.width = width
 
     def __len__(self) -> int:
         return len(self._latent)
 
     @property
     def size(self) -> int:
-        """Width S of the images, pixel (`int`)."""
+        """Width S of the network's cutout, which most of the images have, pixel (`int`)."""
         return self._renderer.metadata.cutout_size
 
     def model_frame(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
-        """Render models in the network's frame, (K, B, S, S), nJy; all of them by default."""
+        """Render models in the network's frame, (K, B, W, W), nJy; all of them by default."""
         return self._render(rows, 0)
 
     def observed(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
-        """Render models as the coadd shows them, (K, B, S, S), nJy; all of them by default."""
+        """Render models as the coadd shows them, (K, B, W, W), nJy; all of them by default."""
         return self._render(rows, 1)
 
     def shapes(self, band: int) -> NDArray[np.float64]:
@@ -355,8 +401,9 @@ class SourceImages:
         out = np.full((len(self), 3), np.nan)
         templates = np.isin(np.arange(len(self)), list(self._templates))
         drawn = np.flatnonzero(~templates & np.isfinite(self._flux_network).any(axis=1))
-        if self._draw is not None and len(drawn):
-            out[drawn] = latent_shapes(self._draw, self._latent[drawn], band)
+        if self._grids is not None and len(drawn):
+            metadata = self._renderer.metadata
+            out[drawn] = latent_shapes(self._grids.mixture, self._latent[drawn], band, metadata)
             drawn = np.flatnonzero(templates)
         else:
             drawn = np.arange(len(self))
@@ -367,12 +414,16 @@ class SourceImages:
 
     def _render(self, rows: ArrayLike | None, frame: int) -> NDArray[np.float32]:
         number = np.arange(len(self)) if rows is None else np.atleast_1d(np.asarray(rows, np.int64))
-        size, bands = self._renderer.metadata.cutout_size, self._flux.shape[1]
-        out = np.zeros((len(number), bands, size, size), np.float32)
+        bands, widest = self._flux.shape[1], int(self.width[number].max(initial=self.size))
+        out = np.zeros((len(number), bands, widest, widest), np.float32)
         templates = np.array([int(i) in self._templates for i in number], bool)
         for i in np.flatnonzero(templates):
-            out[i] = self._templates[int(number[i])][frame]
-        rest = np.flatnonzero(~templates)
+            out[i] = square(self._templates[int(number[i])][frame], widest)
+        for width in np.unique(self.width[number]).tolist():
+            own = np.flatnonzero(~templates & (self.width[number] == width))
+            if len(own) and self._grids is not None and width > self.size:
+                out[own] = square(self._draw_wide(number[own], width, frame), widest)
+        rest = np.flatnonzero(~templates & (self.width[number] <= self.size))
         for start in range(0, len(rest) if self._decoder is not None else 0, self._CHUNK):
             part = rest[start : start + self._CHUNK]
             own = number[part]
@@ -383,8 +434,18 @@ class SourceImages:
                 held = np.where(self._flux_network[own] > 0, total / self._flux_network[own], 1.0)
             scale = np.nan_to_num(self._flux[own] * np.where(total > 0, np.minimum(held, 1.0), 1.0))
             shapes *= scale[:, :, None, None].astype(np.float32)
-            out[part] = shapes if frame == 0 else self._renderer.observed(shapes, self._psf_index[own])
+            images = shapes if frame == 0 else self._renderer.observed(shapes, self._psf_index[own])
+            out[part] = square(images, widest)
         return out
+
+    def _draw_wide(self, rows: NDArray, width: int, frame: int) -> NDArray[np.float32]:
+        """Render models on squares larger than the cutout, whose light inside is their flux."""
+        assert self._grids is not None
+        plain = self._grids.draw_plain(self._latent[rows], width)
+        inside = plain.sum(axis=(2, 3), dtype=np.float64)
+        flux = np.nan_to_num(self._flux[rows]) / np.where(inside > 0, inside, 1.0)
+        images = self._grids.draw(self._latent[rows], self._psf_index[rows], width)[0] if frame else plain
+        return images * flux.astype(np.float32)[:, :, None, None]
 
 
 class SelectedImages:
@@ -406,8 +467,13 @@ class SelectedImages:
 
     @property
     def size(self) -> int:
-        """Width S of the images, pixel (`int`)."""
+        """Width S of the network's cutout, which most of the images have, pixel (`int`)."""
         return self._images.size
+
+    @property
+    def width(self) -> NDArray[np.int64]:
+        """Widths of the sources' squares, (N,), pixel."""
+        return self._images.width
 
     def model_frame(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
         """Give models in the network's frame; see `SourceImages.model_frame`."""
@@ -442,6 +508,11 @@ class StoredImages:
         """Width S of the images, pixel (`int`)."""
         return self._observed.shape[-1]
 
+    @property
+    def width(self) -> NDArray[np.int64]:
+        """Widths of the sources' squares, (N,), pixel."""
+        return np.full(len(self), self.size)
+
     def model_frame(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
         """Give models in the network's frame; see `SourceImages.model_frame`."""
         return self._model_frame if rows is None else self._model_frame[np.atleast_1d(rows)]
@@ -473,5 +544,5 @@ def render(models: SourceModels, shape: tuple[int, int]) -> NDArray[np.float32]:
     total = np.zeros((len(models.bands), *shape), np.float32)
     for start in range(0, len(models), SourceImages._CHUNK):
         rows = np.arange(start, min(start + SourceImages._CHUNK, len(models)))
-        add_cutouts(total, models.images.observed(rows), models.corner_y[rows], models.corner_x[rows])
+        add_cutouts(total, models.images.observed(rows), *models.corners(rows))
     return total

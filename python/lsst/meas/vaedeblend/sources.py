@@ -12,8 +12,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from .inference import WIDTHS, Grids
 from .network import Decoder, Network
 from .rendering import Renderer, SelectedImages, SourceImages, StoredImages
 from .scene import PsfGrid
@@ -45,7 +46,7 @@ class SourceModels:
     peak_x, peak_y : `numpy.ndarray`, (N,)
         The peaks they started from, scene coordinates.
     corner_x, corner_y : `numpy.ndarray`, (N,)
-        Scene coordinates of pixel [0, 0] of the cutouts, int64.
+        Scene coordinates of pixel [0, 0] of the sources' squares, int64.
     psf_index : `numpy.ndarray`, (N,)
         Cell of the scene's PSF grid, int64.
     iteration : `numpy.ndarray`, (N,)
@@ -119,6 +120,24 @@ class SourceModels:
         """All models as the coadd shows them, (N, B, S, S), nJy; rendered anew at each call."""
         return self.images.observed()
 
+    def corners(self, rows: ArrayLike | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Give the places of images that come on squares of one width, that of the largest of them.
+
+        Parameters
+        ----------
+        rows : array_like, (K,), optional
+            Rows of the sources that ``images`` was asked for, all by default.
+
+        Returns
+        -------
+        corner_y, corner_x : `numpy.ndarray`, (K,)
+            Scene coordinates of the images' pixels [0, 0].
+        """
+        number = np.arange(len(self)) if rows is None else np.atleast_1d(np.asarray(rows, np.int64))
+        width = self.images.width[number]
+        shift = width // 2 - width.max(initial=self.images.size) // 2
+        return self.corner_y[number] + shift, self.corner_x[number] + shift
+
     def to_table(self) -> Table:
         """Make the table from which the models can be rendered again.
 
@@ -139,6 +158,7 @@ class SourceModels:
             ("parent", self.parent, nothing, "Identifier of its parent"),
             ("corner_x", self.corner_x + x0, u.pix, "Tract pixel column of the model's pixel [0, 0]"),
             ("corner_y", self.corner_y + y0, u.pix, "Tract pixel row of the model's pixel [0, 0]"),
+            ("width", self.images.width, u.pix, "Width of the square that holds the model"),
             ("x", self.x + x0, u.pix, "Centroid of the model, tract pixel column"),
             ("y", self.y + y0, u.pix, "Centroid of the model, tract pixel row"),
             ("latent_mean", self.latent_mean, nothing, "Latents: mean of the approximate posterior"),
@@ -206,30 +226,42 @@ class SourceModels:
         x, y = np.asarray(table["x"], float) - x0, np.asarray(table["y"], float) - y0
         corner_x = np.asarray(table["corner_x"], np.int64) - x0
         corner_y = np.asarray(table["corner_y"], np.int64) - y0
+        size = decoder.metadata.cutout_size
+        # Tables of earlier versions know neither larger squares nor point sources.
+        width = np.full(n, size)
+        if "width" in table.colnames:
+            width = np.asarray(table["width"], np.int64)
+            if n and not np.isin(width, (size, *(w for w in WIDTHS if w > size))).all():
+                raise ValueError(f"The table has models of widths {np.unique(width).tolist()}.")
+        start_x, start_y = (c + width // 2 - size // 2 for c in (corner_x, corner_y))
         centre_y, centre_x = decoder.metadata.centre
-        psf_index = psf.index(corner_x + centre_x, corner_y + centre_y)
+        psf_index = psf.index(start_x + centre_x, start_y + centre_y)
         latent = np.asarray(table["latent_mean"], np.float32).reshape(n, decoder.metadata.latent_size)
         flux = np.asarray(table["flux"], float).reshape(n, len(bands))
         fallback = np.asarray(table["fallback"], bool)
-        # Tables of earlier versions know no point sources.
         known = "point_source" in table.colnames
         point_source = np.asarray(table["point_source"], bool) if known else np.zeros(n, bool)
         point = fallback | point_source
         renderer = Renderer(decoder.metadata, psf)
-        templates = {}
+        templates: dict[int, tuple[NDArray, NDArray]] = {}
         if point.any():
-            dx, dy = x - corner_x - centre_x, y - corner_y - centre_y
-            rows = np.flatnonzero(point)
-            points, seen = renderer.points(dx[rows], dy[rows], psf_index[rows])
-            scale = np.nan_to_num(flux[rows])[:, :, None, None].astype(np.float32)
-            pairs = zip(rows.tolist(), points * scale, seen * scale, strict=True)
-            templates = {row: (own, as_seen) for row, own, as_seen in pairs}
+            dx, dy = x - start_x - centre_x, y - start_y - centre_y
+            for wide in np.unique(width[point]).tolist():
+                rows = np.flatnonzero(point & (width == wide))
+                points, seen = renderer.points(dx[rows], dy[rows], psf_index[rows], wide)
+                scale = np.nan_to_num(flux[rows])[:, :, None, None].astype(np.float32)
+                pairs = zip(rows.tolist(), points * scale, seen * scale, strict=True)
+                templates |= {row: (own, as_seen) for row, own, as_seen in pairs}
         flux_network = np.full(flux.shape, np.nan)
         if "flux_network" in table.colnames:
             flux_network = np.asarray(table["flux_network"], float).reshape(flux.shape)
-        render = network.render if isinstance(network, Network) and network.can_fit else None
+        grids = None
+        if isinstance(network, Network) and network.can_fit:
+            grids = Grids(network.render, None, renderer.psf.stamps, renderer.psf.moments)
+        elif (width[~point] > size).any():
+            raise ValueError("A decoder alone draws no models that are larger than its cutout.")
         images = SourceImages(
-            decoder, render, renderer, latent, psf_index, flux, flux_network, templates
+            decoder, grids, renderer, latent, psf_index, flux, flux_network, width, templates
         )
         nothing = np.full(n, np.nan)
         return cls(

@@ -134,15 +134,17 @@ def stamps(
         )
 
     models = SourceModels.from_table(table, loaded, scene.psf, scene.origin)
+    corner_y, corner_x = models.corners(rows)
+    observed = models.images.observed(rows)
     return Stamps(
         id=models.id[rows],
         parent=models.parent[rows],
         bands=bands,
         deblended=redistribute(scene, models, rows=rows),
-        model=models.images.observed(rows),
-        coadd=cut_out(scene.image, models.corner_y[rows], models.corner_x[rows], loaded.metadata.cutout_size),
-        corner_x=models.corner_x[rows] + scene.origin[1],
-        corner_y=models.corner_y[rows] + scene.origin[0],
+        model=observed,
+        coadd=cut_out(scene.image, corner_y, corner_x, observed.shape[-1]),
+        corner_x=corner_x + scene.origin[1],
+        corner_y=corner_y + scene.origin[0],
         projection=next(iter(coadds.values())).sky_projection,
     )
 

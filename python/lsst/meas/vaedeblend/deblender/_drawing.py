@@ -122,13 +122,14 @@ class GridDrawing:
         return Drawn(images, flux, offset, new, good)
 
 
-    def held(self, latent: NDArray) -> NDArray[np.float64]:
-        """Part of the light of models that the network's cutout holds, (N, B).
+    def held(self, latent: NDArray, width: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Part of the light of models that squares hold, (N, B), the network's cutout or larger ones.
 
-        Wings beyond it are hardly known, and no part of the flux that is told.
+        Wings beyond them are hardly known, and no part of the flux that is told.
         """
         mixture = self._network.render.mixture(latent)
-        reach = np.sqrt(0.5) * self._network.metadata.cutout_size / 2
+        size = self._network.metadata.cutout_size
+        reach = np.sqrt(0.5) * size / 2
         light = mixture.weight.astype(np.float64)
         # As if axes did not correlate, which is good enough to find the few that need a closer look.
         part = erf(reach / np.sqrt(np.maximum(mixture.covariance[..., ::2], 1e-3))).prod(axis=2)
@@ -139,6 +140,9 @@ class GridDrawing:
             rows = wide[start : start + 64]
             models = self._network.decoder.render(latent[rows])
             out[rows] = models.sum(axis=(2, 3), dtype=np.float64) / light[rows].sum(axis=2)
+        for w in np.unique(width[width > size]).tolist():
+            rows = np.flatnonzero(width == w)
+            out[rows] = self.grids.draw_plain(latent[rows], w).sum(axis=(2, 3), dtype=np.float64)
         return np.minimum(out, 1.0)
 
 

@@ -263,11 +263,16 @@ def _put(
     r = state.rows
     n = len(rows)
     target = state.target(rows)
+    width = state.renderer.point_widths(flux, r.noise[rows], r.cell[rows])
+    groups = [(np.flatnonzero(width == state.size), images[width == state.size])]
+    for wide in np.unique(width[width > state.size]).tolist():
+        own = np.flatnonzero(width == wide)
+        groups.append((own, state.draw_points(rows[own], position[own], wide)[1]))
     drawn = Drawn(
-        [(np.arange(n), images)],
+        [group for group in groups if len(group[0])],
         np.where(np.isfinite(error), flux, np.nan),
         position - target,
-        np.full(n, state.size),
+        width,
         np.ones(n, bool),
     )
     state.replace(rows, drawn, np.where(np.isfinite(error), flux, 0.0))

@@ -60,10 +60,11 @@ def assemble(state: State) -> DeblendResult:
     flux = np.where(measured, r.flux[rows], np.nan)
     error = np.where(measured, r.error[rows], np.nan)
     network_flux = np.where(r.point[rows][:, None], np.nan, r.network_flux[rows])
+    width = np.maximum(r.stamps.width[rows], state.size)
     if isinstance(state.drawing, GridDrawing):
         drawn = np.flatnonzero(active & r.tried[rows] & ~r.failed[rows] & ~r.point[rows])
         if len(drawn):
-            held = state.drawing.held(r.mean[rows[drawn]])
+            held = state.drawing.held(r.mean[rows[drawn]], width[drawn])
             for values in (flux, error, network_flux):
                 values[drawn] *= held
     position = np.where((active & r.tried[rows])[:, None], r.centroid[rows], r.peak[rows])
@@ -92,8 +93,8 @@ def assemble(state: State) -> DeblendResult:
         y=position[:, 1],
         peak_x=r.peak[rows, 0],
         peak_y=r.peak[rows, 1],
-        corner_x=corner[:, 1],
-        corner_y=corner[:, 0],
+        corner_x=corner[:, 1] + state.size // 2 - width // 2,
+        corner_y=corner[:, 0] + state.size // 2 - width // 2,
         psf_index=r.cell[rows],
         iteration=r.iteration[rows],
         latent_mean=r.mean[rows],
@@ -106,12 +107,13 @@ def assemble(state: State) -> DeblendResult:
         moments_err=r.moments_error[rows],
         images=SourceImages(
             _decoder(state),
-            state.network.render if isinstance(state.drawing, GridDrawing) else None,
+            state.drawing.grids if isinstance(state.drawing, GridDrawing) else None,
             state.renderer,
             r.mean[rows],
             r.cell[rows],
             flux,
             network_flux,
+            width,
             templates,
         ),
         flags=flags,
@@ -194,9 +196,14 @@ def _points(state: State, rows: NDArray[np.int64], flux: NDArray) -> dict[int, t
     index = np.flatnonzero(r.point[rows])
     if not len(index):
         return {}
-    sky, observed = state.draw_points(rows[index], r.centroid[rows[index]])
-    scale = np.nan_to_num(flux[index]).astype(np.float32)[:, :, None, None]
-    return dict(zip(index.tolist(), zip(sky * scale, observed * scale, strict=True), strict=True))
+    out: dict[int, tuple[NDArray, NDArray]] = {}
+    width = r.stamps.width[rows[index]]
+    for wide in np.unique(width).tolist():
+        own = index[width == wide]
+        sky, observed = state.draw_points(rows[own], r.centroid[rows[own]], wide)
+        scale = np.nan_to_num(flux[own]).astype(np.float32)[:, :, None, None]
+        out |= dict(zip(own.tolist(), zip(sky * scale, observed * scale, strict=True), strict=True))
+    return out
 
 
 def _leftovers(state: State, rows: NDArray[np.int64]) -> NDArray[np.float32]:

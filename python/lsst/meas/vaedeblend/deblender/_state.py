@@ -308,12 +308,13 @@ class State:
         return out
 
     def draw_points(
-        self, rows: NDArray[np.int64], position: NDArray[np.float64]
+        self, rows: NDArray[np.int64], position: NDArray[np.float64], width: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Draw points (x, y) on sources' cutouts, in the network's frame and as observed, (K, B, S, S)."""
+        """Draw points (x, y) on sources' cutouts or larger squares, in the network's frame and as observed,
+        (K, B, width, width)."""
         centre_y, centre_x = self.metadata.centre
         dy, dx = (position[:, ::-1] - self.rows.corner[rows] - [centre_y, centre_x]).T
-        return self.renderer.points(dx, dy, self.rows.cell[rows])
+        return self.renderer.points(dx, dy, self.rows.cell[rows], width)
 
     def put_back(self, saved: Saved, part: NDArray[np.bool_] | None = None) -> None:
         """Put back sources as they were when they were saved, all or a part of them."""

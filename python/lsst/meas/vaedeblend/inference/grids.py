@@ -22,17 +22,18 @@ from ..network import Linearisation, Linearise, Mixture, Render
 
 __all__ = ["WIDTHS", "Grids"]
 
-WIDTHS = (16, 24, 40, 64)
-"""Widths of the squares, pixel; even, so that coarse pixels of two fit in."""
+WIDTHS = (16, 24, 40, 64, 104, 160)
+"""Widths of the squares, pixel; even, so that coarse pixels of two fit in. The last ones are for the
+few sources whose light does not end on the network's cutout."""
 
-_PADDED = {16: 36, 24: 48, 40: 64, 64: 96}
+_PADDED = {16: 36, 24: 48, 40: 64, 64: 96, 104: 135, 160: 192}
 """Widths of the grids of the Fourier transforms: kernels may reach as far as these exceed the squares."""
 
 _FINE_SIGMA = 1.4
 """Narrowest PSF, pixel, whose derivatives coarse pixels of 2 x 2 hold: widths of the posterior of the most
 compact sources are then right to 5 percent (12 at 1.2, 2 at 1.5; tests/test_inference.py)."""
 
-_BATCH = {16: 16, 24: 16, 40: 8, 64: 4}
+_BATCH = {16: 16, 24: 16, 40: 8, 64: 4, 104: 2, 160: 1}
 """Sources that go through a graph at once: as many as a processor's cache holds what comes between."""
 
 
@@ -71,26 +72,29 @@ class Grids:
     Parameters
     ----------
     render, linearise : `Render`, `Linearise`
-        The graphs.
+        The graphs; without the second one (`None`) sources can only be drawn.
     stamps : `numpy.ndarray`, (P, B, h, w)
         PSFs of the cells; NaN where a band has none.
     moments : `numpy.ndarray`, (P, B, 3)
         Their adaptive moments, pixel^2; finite.
     """
 
-    def __init__(self, render: Render, linearise: Linearise, stamps: NDArray, moments: NDArray) -> None:
+    def __init__(
+        self, render: Render, linearise: Linearise | None, stamps: NDArray, moments: NDArray
+    ) -> None:
         self._render, self._linearise = render, linearise
         self._stamps, self._moments = stamps, moments
         metadata = render.metadata
         self._sigma = metadata.frame["sigma"]
         size = metadata.cutout_size
-        self.widths = tuple(w for w in WIDTHS if w <= size)
+        self.widths = WIDTHS
         # A middle of the kernels in pixels, once per cell, from which every width takes what it needs.
         self._wide = fft_size(size, max(stamps.shape[2:]))
         self._kernels: dict[int, NDArray[np.float32]] = {}
         self._pixel_kernels: dict[int, NDArray[np.float32]] = {}
         self._row: dict[int, NDArray[np.int64]] = {w: np.full(len(stamps), -1) for w in self.widths}
         self._common: dict[int, dict[str, Any]] = {}
+        self._plain: dict[int, dict[str, Any]] = {}
         narrowest = float(moments_sigma(moments).min())
         self.stride = 2 if narrowest >= _FINE_SIGMA else 1
 
@@ -162,6 +166,31 @@ class Grids:
         common = self._inputs(width, cell)
         return self._render.images(latent, self._row[width][cell], common, _BATCH[width])
 
+    def draw_plain(self, latent: NDArray, width: int) -> NDArray[np.float32]:
+        """Draw sources in the model frame.
+
+        Parameters
+        ----------
+        latent : `numpy.ndarray`, (K, L)
+            Latents.
+        width : `int`
+            One of ``widths``.
+
+        Returns
+        -------
+        images : `numpy.ndarray`, (K, B, width, width)
+            Images of unit flux; light beyond the square makes their sums less than 1.
+        """
+        common = self._plain.get(width)
+        if common is None:
+            # The transform of a kernel that changes nothing.
+            size = _PADDED[width]
+            kernel = np.zeros((1, 2, self._stamps.shape[1], size, size // 2 + 1), np.float32)
+            kernel[:, 0] = 1.0
+            common = self._plain[width] = self._geometry(width) | {"kernels": self._render.hold(kernel)}
+        cell = np.zeros(len(latent), np.int64)
+        return self._render.images(latent, cell, common, _BATCH[width])[0]
+
     def linearise(
         self,
         latent: NDArray,
@@ -192,6 +221,7 @@ class Grids:
         linearisation : `lsst.meas.vaedeblend.network.Linearisation`
             Gradients and Gauss-Newton matrices.
         """
+        assert self._linearise is not None
         middle = np.arange(weight.shape[-1]) * self.stride - inner // 2 + (self.stride - 1) / 2
         common = self._inputs(width, cell)
         return self._linearise.models(
@@ -212,6 +242,7 @@ class Grids:
 
     def parameters(self, latent: NDArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Give parameters of the models; see `lsst.meas.vaedeblend.network.Linearise.parameters`."""
+        assert self._linearise is not None
         return self._linearise.parameters(latent)
 
     def _inputs(self, width: int, cell: NDArray) -> dict[str, Any]:
@@ -220,11 +251,7 @@ class Grids:
         new = np.unique(cell[row[cell] < 0]).tolist()
         common = self._common.get(width)
         if common is None:
-            hold = self._render.hold
-            line = hold((np.arange(width) - width // 2).astype(np.float32))
-            fourier = _Fourier.make(width, _PADDED[width])
-            common = {"x": line, "y": line}
-            common |= {f.name: hold(getattr(fourier, f.name)) for f in dataclasses.fields(fourier)}
+            common = self._geometry(width)
             self._kernels[width] = np.empty(
                 (0, 2, self._stamps.shape[1], _PADDED[width], _PADDED[width] // 2 + 1), np.float32
             )
@@ -236,6 +263,15 @@ class Grids:
             self._kernels[width] = table
             common["kernels"] = self._render.hold(table)
         return common
+
+    def _geometry(self, width: int) -> dict[str, Any]:
+        """Pixels and Fourier transforms of one width."""
+        hold = self._render.hold
+        line = hold((np.arange(width) - width // 2).astype(np.float32))
+        fourier = _Fourier.make(width, _PADDED[width])
+        return {"x": line, "y": line} | {
+            f.name: hold(getattr(fourier, f.name)) for f in dataclasses.fields(fourier)
+        }
 
     def _kernel(self, cell: int, width: int) -> NDArray[np.float32]:
         """Transform of a cell's kernels, real and imaginary parts, (2, B, F, K)."""

@@ -169,4 +169,6 @@ def _rendered(models: SourceModels, rows: NDArray[np.int64]) -> Iterator[tuple[i
     S)."""
     for start in range(0, len(rows), 64):
         part = rows[start : start + 64]
-        yield from zip(part.tolist(), models.images.model_frame(part), strict=True)
+        for width in np.unique(models.images.width[part]):
+            own = part[models.images.width[part] == width]
+            yield from zip(own.tolist(), models.images.model_frame(own), strict=True)
