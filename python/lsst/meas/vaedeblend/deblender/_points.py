@@ -28,6 +28,9 @@ _COMPACT = 0.35
 _CORE = 4.0
 """Radius, pixel, within which a masked pixel makes any source a candidate: nothing is known of its core."""
 
+_FITS = 4.0
+"""Chi-square, weighted with its light, below which a point fits; the weights know of errors of models."""
+
 _STEPS = 4
 """Steps of the first fit of a position; later fits start from where it led, and take one."""
 
@@ -68,6 +71,10 @@ def choose_points(
     log_odds = 0.5 * (as_galaxy - as_point) + _prior_log_odds(flux, error)
     log_odds += _occam_of_point(flux, error, spread) - log_occam(state, rows)
     sound = np.isfinite(log_odds) & np.isfinite(flux).all(axis=1) & (flux > 0).any(axis=1)
+    if least_log_odds > 0:
+        # A galaxy that has not found its shape yet is worse than anything: where the core is seen, the point
+        # has to fit by itself.
+        sound &= (_light_chi2(data, images, flux, weight) < _FITS) | _core_masked(state, rows)
     kept = np.flatnonzero(sound & (log_odds > least_log_odds))
     if least_log_odds > 0:
         kept = kept[_leading(state, rows[kept], log_odds[kept])]
@@ -201,6 +208,14 @@ def _fit(
     with np.errstate(divide="ignore"):
         error = 1.0 / np.sqrt(own)
     return position, flux, error, images, np.sqrt(np.linalg.det(covariance))
+
+
+def _light_chi2(data: NDArray, images: NDArray, flux: NDArray, weight: NDArray) -> NDArray[np.float64]:
+    """Mean of squared residual over variance, weighted with a point's light, (K,)."""
+    model = images * np.maximum(flux, 0.0)[:, :, None, None].astype(np.float32)
+    light = np.einsum("kbyx,kbyx->k", model, (weight > 0).astype(np.float32), dtype=np.float64)
+    squares = np.einsum("kbyx,kbyx,kbyx->k", model, (data - model) ** 2, weight, dtype=np.float64)
+    return squares / np.maximum(light, 1e-30)
 
 
 def _slope(images: NDArray, axis: int) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from ._drawing import GridDrawing
 from ._fluxes import measure
 from ._passes import ask, first_answers, improve, try_by_passes
 from ._points import choose_points, refit_points
-from ._pruning import drop
+from ._pruning import drop, worth_beside_others
 from ._refinement import refine, refine_rows, set_posterior, try_by_refinement, unsettled, visible, wake
 from ._result import DeblendResult, assemble
 from ._start import place_first
@@ -132,7 +132,7 @@ def _go_on_with_refinement(state: State, parents: list[int], progress: Progress 
         open_ = try_peaks(state, open_, iteration, try_by_refinement)
         _settle(state, _either(moving, open_))
         _report(state, progress, iteration, moving, open_)
-    gone = [drop(state, p) for p in parents]
+    gone = [drop(state, p, worth_beside_others) for p in parents]
     if any(len(rows) for rows in gone):
         wake(state, state.members_of(parents), np.concatenate(gone))
         refine(state, parents)

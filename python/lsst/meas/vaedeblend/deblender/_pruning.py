@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..ground.cutouts import cut_out
+from ._diagnostics import borrowed_light, diagnose, total_error
 from ._fluxes import solve
 from ._state import State
 
-__all__ = ["drop", "weed", "worth"]
+__all__ = ["drop", "weed", "worth", "worth_beside_others"]
+
+Worth = Callable[[State, NDArray[np.int64]], NDArray[np.float64]]
 
 
 def worth(
@@ -35,6 +40,19 @@ def worth(
     return np.nan_to_num(out).sum(axis=1)
 
 
+def worth_beside_others(state: State, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The same with errors that know of models which do not fit, the source's own and its neighbours'.
+
+    What bright sources leave of their structure is worth much by the noise alone.
+    """
+    r = state.rows
+    found = diagnose(state, rows)
+    borrowed = borrowed_light(state, found.foreign, r.flux[rows])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        significance = r.flux[rows] / total_error(r.error[rows], found.chi2, borrowed)
+    return np.nan_to_num(np.where(r.measured[rows], significance, 0.0) ** 2).sum(axis=1)
+
+
 def weed(state: State, p: int, new: NDArray[np.int64], weight: NDArray) -> None:
     """Take back the new sources of a parent that do not earn their place, the least useful first."""
     r = state.rows
@@ -50,7 +68,7 @@ def weed(state: State, p: int, new: NDArray[np.int64], weight: NDArray) -> None:
         solve(state, _around(state, p, weakest))
 
 
-def drop(state: State, p: int) -> NDArray[np.int64]:
+def drop(state: State, p: int, worth: Worth = worth) -> NDArray[np.int64]:
     """Drop members of a parent that no longer earn their place, the least useful first; return their rows."""
     r, gone = state.rows, []
     while True:

@@ -13,8 +13,9 @@ from scipy.spatial import cKDTree
 from ..ground.cutouts import add_cutouts
 from ..inference import kernels
 from ..network import Decoder, NetworkError
-from ..rendering import SourceImages, square
+from ..rendering import SourceImages
 from ..sources import ParentSummary, SourceModels
+from ._diagnostics import borrowed_light, diagnose, total_error
 from ._drawing import GridDrawing
 from ._flags import source_flags
 from ._state import State
@@ -71,11 +72,9 @@ def assemble(state: State) -> DeblendResult:
     flags = source_flags(state, rows)
     state.restore_pixel_weights()
     templates = _fall_back(state, rows, flux, error) | _points(state, rows, flux)
-    blendedness, coverage, chi2, foreign = _diagnostics(state, rows, templates)
-    # Errors hold for models that fit. Of others they grow by how much these miss (Birge 1932, Physical Review
-    # 40, 207), and what is wrong with neighbours' models is light of theirs under a source.
-    borrowed = np.nan_to_num(state.config.neighbourError * np.abs(foreign * flux))
-    error = np.hypot(error * np.sqrt(np.fmax(chi2, 1.0))[:, None], borrowed)
+    blendedness, coverage, chi2, foreign = diagnose(state, rows, templates)
+    borrowed = borrowed_light(state, foreign, flux)
+    error = total_error(error, chi2, borrowed)
     whole = np.nan_to_num(np.abs(flux))
     taken = (borrowed / r.noise[rows]).sum(axis=1) > _TOO_MUCH * (whole / r.noise[rows]).sum(axis=1)
     flags["bright_neighbour"] = active & taken
@@ -227,36 +226,3 @@ def _leftovers(state: State, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         on = (j >= 0) & (j < size) & (i >= 0) & (i < size)
         out[nearest[on], :, j[on], i[on]] = state.residual[:, y[on], x[on]].T
     return out
-
-
-def _diagnostics(
-    state: State, rows: NDArray[np.int64], templates: dict[int, tuple[NDArray, NDArray]]
-) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Blendedness, data coverage and chi-square of sources, (N,) each; NaN without a model.
-
-    Last the light of others under them, in units of their own fluxes, (N, B).
-    """
-    r = state.rows
-    foreign = np.zeros((len(rows), len(state.metadata.bands)))
-    blendedness, coverage, chi2 = np.full((3, len(rows)), np.nan)
-    total = state.image - state.residual
-    for width, index in r.stamps.by_width(rows):
-        own = rows[index]
-        y, x = np.ascontiguousarray(state.start(own, width).T)
-        pool, slot, scale = r.stamps.pool(width), r.stamps.slot[own], np.nan_to_num(r.flux[own])
-        for i in np.flatnonzero(np.isin(index, list(templates))):
-            # With what was left over there is more to a source than its stamp.
-            pool = np.concatenate([pool, square(templates[int(index[i])][1], width)[None]])
-            slot[i], scale[i] = len(pool) - 1, 1.0
-        inverse = r.noise[own].astype(float) ** -2
-        alone, mixed, whole, seen, squares, foreign[index] = kernels.diagnostics(
-            state.residual, state.weight, state.valid, total, pool, slot, y, x, scale, inverse
-        )
-        with np.errstate(invalid="ignore", divide="ignore"):
-            blendedness[index] = np.where(mixed > 0, np.maximum(1.0 - alone / mixed, 0.0), np.nan)
-            part = np.where(whole > 0, seen / whole, np.nan)
-            there = (whole > 0).any(axis=1)
-            coverage[index[there]] = np.nanmean(part[there], axis=1)
-            light = seen.sum(axis=1)
-            chi2[index] = np.where(light > 0, squares / light, np.nan)
-    return blendedness, coverage, chi2, foreign
