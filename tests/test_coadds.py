@@ -214,3 +214,73 @@ def test_wings_of_a_moffat_profile_fall_as_its_power_law(beta):
 
 def test_a_gaussian_has_no_wings():
     assert wings(gaussian_psf(1.5, 41))[0] == 0
+
+
+@pytest.mark.parametrize(("sersic", "hlr"), [(1.0, 1.2), (1.0, 2.4), (4.0, 1.2)])
+def test_a_galaxy_larger_than_the_cutout_keeps_its_light_and_stays_one(network, sersic, hlr):
+    galaxy = source(80, 80, 20000, hlr=hlr, sersic=sersic, reach=60)
+    result, (row,) = run([galaxy], network)
+    found = result.sources
+    assert len(found) == 1
+    width = int(found.images.width[row])
+    assert width > network.metadata.cutout_size
+    profile = galsim.Convolve(
+        galsim.Sersic(sersic, half_light_radius=hlr).shear(g1=0.1), galsim.Moffat(beta=3.0, fwhm=0.75)
+    )
+    stamp = profile.drawImage(nx=width, ny=width, scale=SCALE).array
+    assert found.flux[row, 2] / (20000 * stamp.sum()) == pytest.approx(1, abs=0.05)
+    # What measurement sees has the same light, and comes back from the table on the same square.
+    image = found.images.observed([row])[0]
+    assert image.shape == (6, width, width)
+    np.testing.assert_allclose(image.sum(axis=(1, 2)), found.flux[row], rtol=0.02)
+    again = SourceModels.from_table(found.to_table(), network, simulate([galaxy]).psf)
+    np.testing.assert_allclose(again.observed[row], image, atol=1e-4 * image.max())
+    assert again.corner_x[row] == found.corner_x[row] == 80 - width // 2
+
+
+def test_faint_sources_beyond_the_cutout_of_a_large_galaxy_keep_their_fluxes(network):
+    large = source(80, 80, 60000, hlr=2.2, sersic=2.0, reach=75)
+    faint = [source(80 + dx, 80 + dy, 800, hlr=0.3) for dx, dy in ((36, 0), (0, -40), (-30, 30))]
+    result, rows = run([large, *faint], network, new=False)
+    pulls = [
+        (result.sources.flux[row, 2] - one["flux"][2]) / result.sources.flux_err[row, 2]
+        for row, one in zip(rows[1:], faint, strict=True)
+    ]
+    assert np.abs(pulls).max() < 4
+    errors = [relative(result, row, one)[1] for row, one in zip(rows[1:], faint, strict=True)]
+    assert np.abs(errors).max() < 0.25
+
+
+@pytest.mark.parametrize("flux", [5.75e6, 2e4])
+def test_the_square_of_a_star_ends_where_its_wings_do_not_matter(network, flux):
+    star = source(80, 80, flux, reach=45)
+    result, (row,) = run([star], network, new=False, beta=2.5)
+    width, size = int(result.sources.images.width[row]), network.metadata.cutout_size
+    assert (width > size) == (flux > 1e6)
+    images = result.sources.images.observed([row])[0]
+    np.testing.assert_allclose(images.sum(axis=(1, 2)), result.sources.flux[row], rtol=0.01)
+
+
+def test_images_of_different_widths_lie_on_one_square_about_the_same_pixel(network):
+    small = source(40, 40, 800, hlr=0.3)
+    large = source(90, 90, 30000, hlr=2.2, reach=55)
+    scene = simulate([small, large])
+    result, rows = run([small, large], network, new=False)
+    found = result.sources
+    assert sorted(found.images.width[rows]) == [64, found.images.width.max()] and found.images.width.max() > 64
+    both, (y, x) = found.images.observed(rows), found.corners(rows)
+    alone = found.images.observed([rows[0]])[0]
+    shift = found.corner_y[rows[0]] - y[0]
+    np.testing.assert_allclose(both[0][:, shift : shift + 64, shift : shift + 64], alone, atol=1e-6)
+    # Shared out, both have their places, and nothing of the image is lost where they have light.
+    from lsst.meas.vaedeblend import redistribute
+
+    shared = redistribute(scene, found, footprints=False)
+    total = np.zeros_like(scene.image)
+    for image, top, left in zip(shared, y, x, strict=True):
+        size = image.shape[-1]
+        rows_, columns = slice(max(top, 0), min(top + size, SIZE)), slice(max(left, 0), min(left + size, SIZE))
+        total[:, rows_, columns] += image[
+            :, rows_.start - top : rows_.stop - top, columns.start - left : columns.stop - left
+        ]
+    np.testing.assert_allclose(total[:, 70:110, 70:110], scene.image[:, 70:110, 70:110], rtol=1e-4, atol=1e-3)

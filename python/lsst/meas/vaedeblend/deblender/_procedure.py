@@ -132,13 +132,26 @@ def _go_on_with_refinement(state: State, parents: list[int], progress: Progress 
         open_ = try_peaks(state, open_, iteration, try_by_refinement)
         _settle(state, _either(moving, open_))
         _report(state, progress, iteration, moving, open_)
-    gone = [drop(state, p, worth_beside_others) for p in parents]
-    if any(len(rows) for rows in gone):
-        wake(state, state.members_of(parents), np.concatenate(gone))
-        refine(state, parents)
+    _drop(state, parents)
     _decide_points(state, parents)
     _settle(state, parents)
-    # Sources settle one by one: those that neighbours have disturbed since then go on.
+    _measure(state, parents)
+    # With the errors that catalogues tell some are nothing after all.
+    if _drop(state, parents):
+        _measure(state, parents)
+
+
+def _drop(state: State, parents: list[int]) -> bool:
+    """Drop new sources that errors of models explain as well; return whether there were any."""
+    gone = np.concatenate([drop(state, p, worth_beside_others) for p in parents] or [np.empty(0, np.int64)])
+    if len(gone):
+        wake(state, state.members_of(parents), gone)
+        refine(state, parents)
+    return len(gone) > 0
+
+
+def _measure(state: State, parents: list[int]) -> None:
+    """Set posteriors and fluxes. Sources settle one by one: those that neighbours have disturbed go on."""
     late = set_posterior(state, state.members_of(parents))
     for _ in range(_LATE_ROUNDS):
         if not len(late):
