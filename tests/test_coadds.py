@@ -216,14 +216,14 @@ def test_a_gaussian_has_no_wings():
     assert wings(gaussian_psf(1.5, 41))[0] == 0
 
 
-@pytest.mark.parametrize(("sersic", "hlr"), [(1.0, 1.2), (1.0, 2.4), (4.0, 1.2)])
-def test_a_galaxy_larger_than_the_cutout_keeps_its_light_and_stays_one(network, sersic, hlr):
+@pytest.mark.parametrize(("sersic", "hlr"), [(1.0, 1.2), (1.0, 2.4), (4.0, 0.3), (4.0, 0.6), (4.0, 1.2)])
+def test_a_bright_galaxy_keeps_its_light_and_stays_one(network, sersic, hlr):
     galaxy = source(80, 80, 20000, hlr=hlr, sersic=sersic, reach=60)
     result, (row,) = run([galaxy], network)
     found = result.sources
     assert len(found) == 1
     width = int(found.images.width[row])
-    assert width > network.metadata.cutout_size
+    assert (width > network.metadata.cutout_size) == (hlr > 1)
     profile = galsim.Convolve(
         galsim.Sersic(sersic, half_light_radius=hlr).shear(g1=0.1), galsim.Moffat(beta=3.0, fwhm=0.75)
     )
