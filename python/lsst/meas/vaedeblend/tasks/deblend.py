@@ -249,7 +249,10 @@ class VaeDeblendTask(PipelineTask):
         patch = deblend_patch(scene, network, self.config, self.log, self.metadata, masks)
         result, parents = patch.result, patch.parents
         self._identify(result.sources, parents, ids)
-        projection = next(iter(coadds.values())).sky_projection
+        first = next(iter(coadds.values()))
+        projection = first.sky_projection
+        box = first.patch.inner_bbox
+        inner = (box.y.start, box.y.stop, box.x.start, box.x.stop)
 
         def sky(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             if not len(x):  # AST knows no empty set of points
@@ -271,7 +274,7 @@ class VaeDeblendTask(PipelineTask):
                 if band in coadds:
                     residual[band] = masked_image(coadds[band], result.residual[b], scene.origin)
         return Struct(
-            objects=object_table(result.sources, parents, sky, posterior=patch.posterior),
+            objects=object_table(result.sources, parents, sky, posterior=patch.posterior, inner=inner),
             parents=parent_table(parents, sky),
             models=models_table(result.sources),
             residual=residual,
