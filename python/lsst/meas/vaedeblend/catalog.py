@@ -158,8 +158,8 @@ def object_table(
             ),
         ]
     if inner is not None:
-        # The peak and not the centroid decides: patches fit the same object to the same pixels but within
-        # other neighbourhoods. Pixel n covers n - 0.5 to n + 0.5, and what is on a border belongs to one side.
+        # The peak and not the centroid decides: patches fit an object within other neighbourhoods. Pixel n
+        # covers n - 0.5 to n + 0.5, and what is on a border belongs to one side.
         row, column = np.floor(sources.peak_y + y0 + 0.5), np.floor(sources.peak_x + x0 + 0.5)
         inside = (row >= inner[0]) & (row < inner[1]) & (column >= inner[2]) & (column < inner[3])
         columns.append((PATCH_INNER, inside, "", "The peak is in the patch's inner region"))
@@ -298,8 +298,8 @@ def join_patches(tables: Sequence[Table]) -> Table:
     Returns
     -------
     table : `astropy.table.Table`
-        All rows, sorted by identifier, whatever the order of the patches. ``detect_isPrimary`` is set for one of the
-        objects that several patches have of one peak, if it has a flux in any band.
+        All rows, sorted by identifier, whatever the order of the patches. ``detect_isPrimary`` is set for one
+        of the objects that several patches have of one peak, if it has a flux in any band.
 
     Raises
     ------
