@@ -1,6 +1,6 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""`pipetask run` in processes that are stopped or starved at chosen points; `python faults.py JOB.json` runs them.
+"""`pipetask run` in processes that are stopped or starved at chosen points: `python faults.py JOB.json`.
 
 A process that has imported everything once forks one child for each run, which is what makes dozens of runs
 affordable. It must not have threads, so it is not the one of the tests.

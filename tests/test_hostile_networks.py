@@ -1,6 +1,6 @@
 # This file is part of meas_vaedeblend.
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Network files of others: whatever is wrong with them is a NetworkError, and nothing is made before it is."""
+"""Network files of others: whatever is wrong with them is a NetworkError, before anything is made of it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def copy(network_path, tmp_path) -> Path:
 
 
 STRANGE = [
-    None, True, False, 0, -1, 1, 2, 64, 10**9, 10**400, -(10**400), 0.5, -0.0, 1e308, 5e-324, "", "gri", "a" * 5000,
-    "\ud800", "\x00", "../../etc/passwd", "g\n", [], [[]], {}, {"": {}}, {"type": "gaussian"}, ["g", 1], [1e999],
-    {"g": None}, {"type": "gaussian", "sigma": 10**400}, {"type": "observed", "fwhm": {}}, [0, 10**400],
-    {"type": "gaussian", "sigma": 0.8, "pixel_scale": 3}, {"noise": [1, 2]}, {"samples": 3}, [None, None],
+    None, True, False, 0, -1, 1, 2, 64, 10**9, 10**400, -(10**400), 0.5, -0.0, 1e308, 5e-324, "", "gri",
+    "a" * 5000, "\ud800", "\x00", "../../etc/passwd", "g\n", [], [[]], {}, {"": {}}, ["g", 1], [1e999],
+    {"type": "gaussian"}, {"g": None}, {"type": "gaussian", "sigma": 10**400}, [0, 10**400], [None, None],
+    {"type": "observed", "fwhm": {}}, {"type": "gaussian", "sigma": 0.8, "pixel_scale": 3},
+    {"noise": [1, 2]}, {"samples": 3},
 ]  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def test_truncated_and_altered_files(copy):
 
 
 def test_accepted_alterations_load_or_are_refused(copy):
-    """Outside of the graph a change may pass the checksum: onnxruntime refuses it, or the answer is the same."""
+    """Outside of the graph a change may pass the checksum: then onnxruntime refuses it, or nothing differs."""
     data = copy.read_bytes()
     mine = Network.load(copy, threads=1)
     rng = np.random.default_rng(3)
@@ -179,13 +180,19 @@ def test_functions_beside_the_graph_are_refused(copy):
 
 
 def test_a_graph_without_end_is_refused(copy):
-    inner = onnx.helper.make_graph([], "inner", [], [])
-    for _ in range(60):
-        node = onnx.helper.make_node("If", ["c"], ["d"], then_branch=inner)
-        inner = onnx.helper.make_graph([node], "inner", [], [])
-    model = onnx.helper.make_model(inner)
+    def field(number: int, payload: bytes) -> bytes:
+        size, out = len(payload), bytearray()
+        while size > 0x7F:
+            out.append(size & 0x7F | 0x80)
+            size >>= 7
+        return bytes([number << 3 | 2, *out, size]) + payload
+
+    graph = b""
+    for _ in range(100):
+        # A graph in an attribute (6) of a node (5) of a graph (1).
+        graph = field(1, field(5, field(6, graph)))
     with pytest.raises(NetworkError, match="nested"):
-        verify(embed_metadata(model.SerializeToString(), synthetic.metadata()), "some.onnx")
+        verify(embed_metadata(field(7, graph), synthetic.metadata()), "some.onnx")
 
 
 def test_the_cache_is_bounded_and_threads_share_it(copy, monkeypatch):
@@ -236,7 +243,7 @@ class _Session:
 
 
 def test_a_required_provider_has_the_work(copy, caplog):
-    """Of the providers of this onnxruntime one can do nothing of a graph: it falls to the CPU, and is seen."""
+    """One of the providers of this onnxruntime has no operation at all: what falls to the CPU is seen."""
     import onnxruntime
     from lsst.meas.vaedeblend.network._session import _check_placement
 
