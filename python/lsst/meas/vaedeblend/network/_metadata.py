@@ -240,8 +240,14 @@ class NetworkMetadata:
         def constant(name: str) -> None:
             raise ValueError(f"{name} is no number")
 
+        def finite(digits: str) -> float:
+            value = float(digits)
+            if not math.isfinite(value):
+                raise ValueError(f"{digits:.50} is beyond the range of numbers")
+            return value
+
         try:
-            document = json.loads(text, parse_constant=constant)
+            document = json.loads(text, parse_constant=constant, parse_float=finite)
         # Brackets within brackets exhaust the parser's stack.
         except (ValueError, RecursionError) as err:
             raise NetworkError(f"{source}: the metadata are not JSON: {err}.") from err
