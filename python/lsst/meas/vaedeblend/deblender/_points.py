@@ -8,6 +8,8 @@ known. Both hypotheses are compared by their evidences in Laplace's approximatio
 Information Theory, Inference, and Learning Algorithms, chapter 28).
 """
 
+from __future__ import annotations
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
