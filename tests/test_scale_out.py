@@ -138,6 +138,8 @@ def test_bps_deblends_two_tracts_on_two_workers(repository, truth, network_path,
     assert config["site"]["local"]["cores"] == 2
     environment = os.environ | {
         "MEAS_VAEDEBLEND_DIR": str(shipped_file()),
+        # bps asks the shell where it is.
+        "PWD": str(tmp_path),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     process = subprocess.run(
@@ -151,6 +153,7 @@ def test_bps_deblends_two_tracts_on_two_workers(repository, truth, network_path,
     )
     assert process.returncode == 0, process.stdout[-4000:]
 
+    assert list((tmp_path / "submit").rglob("vaeJoinTract*"))
     joined, single = {}, {}
     with Butler.from_config(str(repository), collections="out") as butler:
         for tract in CENTRES:
