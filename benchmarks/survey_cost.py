@@ -5,7 +5,7 @@
     vaedeblend demo DEMO
     python benchmarks/survey_cost.py DEMO --area 18000
 
-Times are those of the results of `python benchmarks/bench.py demo`, bytes those of the demonstration's tables,
+Times are those of the results of `python benchmarks/bench.py demo`, bytes those of the demonstration,
 scarlet's those of a directory of field files with its times and of one with its `.scarlet` files.
 """
 

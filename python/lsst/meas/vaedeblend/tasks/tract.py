@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class JoinTractConnections(PipelineTaskConnections, dimensions=("skymap", "tract")):
     """Inputs and output of `JoinTractTask`."""
 
-    objects = cT.Input(
+    catalogues = cT.Input(
         doc="Catalogues of the patches.",
         name="object_vae_deblend",
         storageClass="ArrowAstropy",
@@ -86,7 +86,7 @@ class JoinTractTask(PipelineTask):
         # Docstring inherited.
         data_id = butlerQC.quantum.dataId
         assert data_id is not None, "the quanta of a task with dimensions have data IDs"
-        tables = [butlerQC.get(ref) for ref in inputRefs.objects]
+        tables = [butlerQC.get(ref) for ref in inputRefs.catalogues]
         butlerQC.put(self.run(tables, int(data_id["tract"])).joined, outputRefs.joined)
 
     def run(self, tables: list[Table], tract: int) -> Struct:
