@@ -179,7 +179,7 @@ def test_a_repository_that_may_not_be_written_to_is_refused(runs, undisturbed, w
     subprocess.run(["chmod", "-R", "a-w", str(root)], check=True)
     user = {"user": 65534} if os.getuid() == 0 else {}
     # Permissions do not bind the superuser, and another user has to get at the code.
-    code = (Path(sys.prefix).resolve(), Path(__file__).resolve(), Path(sys.base_prefix).resolve())
+    code = (Path(sys.prefix).resolve(), Path(__file__).resolve())
     folders = [folder for path in code for folder in path.parents]
     if user and not all(folder.stat().st_mode & stat.S_IXOTH for folder in folders):
         pytest.skip("run by the superuser, in a folder that others may not enter")
