@@ -4,6 +4,7 @@
 # All commands but the last set up what they need on a fresh machine, in a virtual environment of their own:
 #   make demo    simulate a patch, deblend it under pipetask, draw it
 #   make test    check style and types, and run every test that needs no LSST stack
+#   make test-slow    run the tests that take long: patches through bps, runs killed at every stage
 #   make dist    build wheels and source distributions in dist/, and check them
 #   make dist-demo    install these wheels into an environment of its own, and run the demonstration from there
 #   make bench   measure speed, memory and accuracy; AGAINST=DIRECTORY compares with another checkout
@@ -18,7 +19,7 @@ DEMO ?= demo
 # Many small arrays: threads of one process would only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test dist dist-demo bench docs stack-test clean
+.PHONY: demo test test-slow dist dist-demo bench docs stack-test clean
 
 demo: $(VENV)/.runtime
 	$(VENV)/bin/vaedeblend demo --overwrite $(DEMO)
@@ -27,7 +28,10 @@ test: $(VENV)/.test
 	$(VENV)/bin/ruff check python packages tests config benchmarks
 	$(VENV)/bin/towncrier build --draft --version next > /dev/null
 	$(VENV)/bin/mypy --python-executable $(VENV)/bin/python
-	$(VENV)/bin/python -m pytest -n 2 -m "not stack"
+	$(VENV)/bin/python -m pytest -n 2 -m "not stack and not slow"
+
+test-slow: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -n 2 -m "slow and not stack"
 
 PAPER = packages/meas_vaedeblend_paper
 

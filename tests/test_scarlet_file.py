@@ -27,6 +27,9 @@ from lsst.meas.vaedeblend.adapters.scarlet_file import (
     render,
     write,
 )
+from lsst.meas.vaedeblend.evaluation.comparison.entrants import load_entrants
+from lsst.meas.vaedeblend.evaluation.comparison.measures import Light
+from lsst.meas.vaedeblend.evaluation.comparison.patches import read_patches
 from lsst.meas.vaedeblend.evaluation.fields import FieldFile
 from lsst.meas.vaedeblend.ground.psf import gaussian_psf
 from lsst.meas.vaedeblend.rendering import StoredImages
@@ -224,6 +227,27 @@ def test_scarlets_models_explain_the_images_they_were_made_from(shared, scarlet_
         before = (image[window] ** 2 / variance[window])[parent.footprint].mean()
         after = ((image - model)[window] ** 2 / variance[window])[parent.footprint].mean()
         assert after < 1 + 0.05 * (before - 1)
+
+
+@pytest.mark.parametrize("k", FIELDS)
+def test_the_coadd_shared_out_by_scarlets_models_is_whole(k, shared, scarlet_paths):
+    """What each of scarlet's sources gets sums to the pixels where any of them has light."""
+    (patch,) = read_patches(shared / "data" / "fields" / f"field_{k:02d}.npz", 0.2)
+    (entrant,) = load_entrants(str(scarlet_paths[k]), "scarlet", [patch])
+    light, (height, width) = Light(entrant, patch), patch.scene.shape
+    box = (0, 0, height, width)
+    modelled = np.flatnonzero(entrant.is_model)
+    total = sum(light.redistributed(i, box).astype(float) for i in modelled)
+    lit = sum(np.maximum(entrant.stamp(i).on(*box), 0) for i in range(len(entrant))) > 0
+    if len(modelled) < len(entrant):
+        # Isolated sources take their pixels as they are.
+        alone = np.flatnonzero(~entrant.is_model)
+        own = np.any([entrant.stamp(i).on(*box) != 0 for i in alone], axis=0)
+        lit &= ~own
+        total = np.where(own, 0.0, total)
+    scale = np.abs(patch.scene.image)
+    assert lit.mean() > 0.05
+    assert (np.abs(total - patch.scene.image)[lit] <= 1e-4 * scale[lit] + 1e-5).all()
 
 
 @pytest.mark.parametrize("k", [0, 4])

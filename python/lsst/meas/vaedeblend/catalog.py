@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
     from .posterior import Posterior
 
-__all__ = ["Sky", "models_table", "object_table", "parent_table"]
+__all__ = ["Box", "Sky", "flag_tracts", "join_patches", "models_table", "object_table", "parent_table"]
 
 Sky = Callable[[NDArray[np.float64], NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 """A sky projection: tract pixels (x, y) to right ascension and declination, degree."""
+
+Box = tuple[int, int, int, int]
+"""First row, row after the last, first column, column after the last, tract pixel."""
+
+PATCH_INNER, TRACT_INNER, PRIMARY = "detect_isPatchInner", "detect_isTractInner", "detect_isPrimary"
 
 
 def _table(columns: list[tuple[str, NDArray, str, str]]) -> Table:
@@ -39,6 +44,7 @@ def object_table(
     sky: Sky | None = None,
     band: str | None = None,
     posterior: Posterior | None = None,
+    inner: Box | None = None,
 ) -> Table:
     """Make the catalogue of deblended objects.
 
@@ -56,6 +62,9 @@ def object_table(
     posterior : `lsst.meas.vaedeblend.posterior.Posterior`, optional
         Fluxes, shapes and their errors over the posterior. Without it errors of fluxes are those of the joint
         solution, and shapes in the network's frame have none.
+    inner : `tuple` [`int`], optional
+        Inner region of the patch: patches overlap, inner regions share the tract out. Without it there is no
+        column ``detect_isPatchInner``.
 
     Returns
     -------
@@ -75,11 +84,11 @@ def object_table(
         raise ValueError(f"The sources have bands {list(sources.bands)}, none is {band!r}.")
     if posterior is not None and posterior.shape_band != band:
         raise ValueError(f"The posterior has shapes in {posterior.shape_band}, not in {band}.")
-    row = {int(number): i for i, number in enumerate(parents.id)}
-    lost = sorted(set(sources.parent.tolist()) - set(row))
+    index = {int(number): i for i, number in enumerate(parents.id)}
+    lost = sorted(set(sources.parent.tolist()) - set(index))
     if lost:
         raise ValueError(f"The parents {lost} of some sources are not among the {len(parents)} parents.")
-    of_parent = np.array([row[int(number)] for number in sources.parent], dtype=np.int64)
+    of_parent = np.array([index[int(number)] for number in sources.parent], dtype=np.int64)
     x, y = sources.x + x0, sources.y + y0
     columns: list[tuple[str, NDArray, str, str]] = [
         ("id", sources.id, "", "Identifier of the object"),
@@ -148,6 +157,12 @@ def object_table(
                 f"Standard deviation of the {what}",
             ),
         ]
+    if inner is not None:
+        # The peak and not the centroid decides: patches fit an object within other neighbourhoods. Pixel n
+        # covers n - 0.5 to n + 0.5, and what is on a border belongs to one side.
+        row, column = np.floor(sources.peak_y + y0 + 0.5), np.floor(sources.peak_x + x0 + 0.5)
+        inside = (row >= inner[0]) & (row < inner[1]) & (column >= inner[2]) & (column < inner[3])
+        columns.append((PATCH_INNER, inside, "", "The peak is in the patch's inner region"))
     columns += [
         (
             "deblend_posteriorWidth",
@@ -270,3 +285,95 @@ def models_table(sources: SourceModels) -> Table:
         One row per source, every column with unit and description; see `SourceModels.to_table`.
     """
     return sources.to_table()
+
+
+def join_patches(tables: Sequence[Table]) -> Table:
+    """Join the catalogues of the patches of a tract.
+
+    Parameters
+    ----------
+    tables : sequence of `astropy.table.Table`
+        What `object_table` made with ``inner``, of different patches.
+
+    Returns
+    -------
+    table : `astropy.table.Table`
+        All rows, sorted by identifier, whatever the order of the patches. ``detect_isPrimary`` is set for one
+        of the objects that several patches have of one peak, if it has a flux in any band.
+
+    Raises
+    ------
+    ValueError
+        Raised if there is no table, one has no ``detect_isPatchInner``, columns differ, or an identifier is
+        there twice.
+    """
+    from astropy.table import Column, vstack
+
+    if not tables:
+        raise ValueError("There is no catalogue to join.")
+    for table in tables:
+        if PATCH_INNER not in table.colnames or table.colnames != tables[0].colnames:
+            raise ValueError(
+                f"Catalogues to join need the same columns with {PATCH_INNER}: {tables[0].colnames}, "
+                f"{table.colnames}."
+            )
+    joined = vstack(list(tables), join_type="exact", metadata_conflicts="silent")
+    order = np.argsort(np.asarray(joined["id"]), kind="stable")
+    joined = joined[order]
+    if (np.diff(np.asarray(joined["id"])) == 0).any():
+        raise ValueError("A patch is among the catalogues twice: identifiers are not unique.")
+    fluxes = [np.asarray(joined[name]) for name in joined.colnames if name.endswith("_flux")]
+    primary = np.asarray(joined[PATCH_INNER]) & np.any(np.isfinite(fluxes), axis=0)
+    doc = "The one to use of several entries of an object: in inner regions, with a model"
+    joined.add_column(
+        Column(primary, name=PRIMARY, unit="", description=doc), index=joined.colnames.index(PATCH_INNER) + 1
+    )
+    return joined
+
+
+def flag_tracts(table: Table, tract: int, centres: Mapping[int, tuple[float, float]]) -> Table:
+    """Flag the objects of a tract that are nearer to the centre of another.
+
+    Tracts overlap too. Every position is nearest to one centre, so each object is in the inner region of one
+    tract; ring sky maps cut between tracts elsewhere, and in the stack their own cut is used.
+
+    Parameters
+    ----------
+    table : `astropy.table.Table`
+        What `join_patches` made, with coordinates.
+    tract : `int`
+        Its tract.
+    centres : mapping of `int` to `tuple` [`float`, `float`]
+        Right ascension and declination of the centres of tracts, degree.
+
+    Returns
+    -------
+    table : `astropy.table.Table`
+        A copy with ``detect_isTractInner``, and ``detect_isPrimary`` set only there.
+
+    Raises
+    ------
+    ValueError
+        Raised if the tract has no centre, or the table no coordinates or no ``detect_isPrimary``.
+    """
+    from astropy.table import Column
+
+    lacking = {PRIMARY, "coord_ra", "coord_dec"} - set(table.colnames)
+    if tract not in centres or lacking:
+        raise ValueError(f"Tract {tract} among the centres of {sorted(centres)}; columns lacking: {lacking}.")
+    # In the order of their numbers, so that a tie has one winner whatever tract asks.
+    tracts = sorted(centres)
+    ra, dec = np.radians(np.array([centres[t] for t in tracts], float)).T
+    x, y = np.radians(np.asarray(table["coord_ra"])), np.radians(np.asarray(table["coord_dec"]))
+    chords = (
+        np.sin((y[:, None] - dec) / 2) ** 2
+        + np.cos(y[:, None]) * np.cos(dec) * np.sin((x[:, None] - ra) / 2) ** 2
+    )
+    inner = np.array(tracts)[chords.argmin(axis=1)] == tract
+    out = table.copy()
+    doc = "No other tract's centre is nearer"
+    out.add_column(
+        Column(inner, name=TRACT_INNER, unit="", description=doc), index=out.colnames.index(PRIMARY)
+    )
+    out[PRIMARY] = np.asarray(out[PRIMARY]) & inner
+    return out

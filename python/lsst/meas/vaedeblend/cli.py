@@ -86,6 +86,20 @@ def path(name: str) -> None:
 
 
 @main.command()
+@click.argument("repo")
+@click.argument("network")
+@click.argument("collection")
+def pin(repo: str, network: str, collection: str) -> None:
+    """Store NETWORK, a name or path, in the Butler repository REPO as the dataset of COLLECTION.
+
+    A pipeline run takes it from its input collections with vaeDeblend:useStoredNetwork=True.
+    """
+    from .adapters.stored_network import put_network
+
+    put_network(repo, network, collection)
+
+
+@main.command()
 @click.argument("out", type=_OUTPUT)
 @click.option("--network", default="lsst_ugrizy", show_default=True, help="Name or path of the network.")
 @click.option("--survey", help="Survey to simulate; by default the one that the network was trained for.")

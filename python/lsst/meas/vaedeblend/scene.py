@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from .ground.cutouts import nearest_pixel
 from .ground.psf import adaptive_moments
 
 __all__ = ["Parent", "PsfGrid", "Scene", "assign_peaks", "find_parents"]
@@ -165,7 +166,7 @@ def assign_peaks(
     for i, parent in enumerate(parents):
         window, inside = parent.window(shape)
         owner[window][inside] = i
-    x, y = np.rint(peaks).astype(np.int64).T
+    x, y = nearest_pixel(peaks).T
     on_scene = (x >= 0) & (x < shape[1]) & (y >= 0) & (y < shape[0])
     index = np.full(len(peaks), -1)
     index[on_scene] = owner[y[on_scene], x[on_scene]]

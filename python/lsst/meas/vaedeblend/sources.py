@@ -210,8 +210,19 @@ class SourceModels:
         Raises
         ------
         ValueError
-            Raised if the table was made with another network.
+            Raised if the table was made with another network, lacks a column, or has values of another kind
+            in one, or positions that are not finite.
         """
+        try:
+            return cls._from_table(table, network, psf, origin)
+        except (KeyError, TypeError, OverflowError) as error:
+            # Tables come from files, and columns may be missing or of any type.
+            raise ValueError(f"This is no table of models: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _from_table(
+        cls, table: Table, network: Network | Decoder, psf: PsfGrid, origin: tuple[int, int]
+    ) -> SourceModels:
         decoder = network.decoder if isinstance(network, Network) else network
         expected = {"network": decoder.metadata.name}
         # A decoder does not know the checksum of its deblender's graph.
@@ -224,6 +235,8 @@ class SourceModels:
         n, bands = len(table), decoder.metadata.bands
         y0, x0 = origin
         x, y = np.asarray(table["x"], float) - x0, np.asarray(table["y"], float) - y0
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise ValueError("A position in the table of models is not finite.")
         corner_x = np.asarray(table["corner_x"], np.int64) - x0
         corner_y = np.asarray(table["corner_y"], np.int64) - y0
         size = decoder.metadata.cutout_size

@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = ["CoaddRepository", "PatchLayout", "PipetaskError", "pipeline_path", "run_pipetask"]
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import os
@@ -41,6 +42,7 @@ from lsst.images.cells import (
 from lsst.sphgeom import ConvexPolygon, LonLat, UnitVector3d
 
 from ..ground.files import shipped_file
+from ..ground.identifiers import PatchIds
 
 INSTRUMENT = "VaeDeblendCam"
 PEAKS_DATASET = "object_vae_peaks"
@@ -86,12 +88,16 @@ class PatchLayout:
         Number of cells along y and x.
     cell_shape : `tuple` [`int`, `int`]
         Cell height and width, pixel.
+    border : `tuple` [`int`, `int`, `int`, `int`], optional
+        Pixels at the low and high end of y and of x that belong to the inner region of a neighbour: patches
+        overlap, their inner regions do not.
     """
 
     y0: int
     x0: int
     cells: tuple[int, int]
     cell_shape: tuple[int, int]
+    border: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def box(self) -> Box:
@@ -100,13 +106,23 @@ class PatchLayout:
         return Box.from_shape(shape, start=(self.y0, self.x0))
 
     @property
+    def inner_box(self) -> Box:
+        """Bounding box of what no other patch of the tract has in its own (`lsst.images.Box`)."""
+        box, (low_y, high_y, low_x, high_x) = self.box, self.border
+        return Box.factory[
+            box.y.start + low_y : box.y.stop - high_y, box.x.start + low_x : box.x.stop - high_x
+        ]
+
+    @property
     def grid(self) -> CellGrid:
         """Cell grid of the patch (`lsst.images.cells.CellGrid`)."""
         return CellGrid(bbox=self.box, cell_shape=YX(y=self.cell_shape[0], x=self.cell_shape[1]))
 
 
 class CoaddRepository:
-    """A new Butler repository (SQLite, one tract) for coadds given as arrays.
+    """A new Butler repository (SQLite) for coadds given as arrays.
+
+    It has one tract; `another_tract` adds more.
 
     Parameters
     ----------
@@ -151,10 +167,39 @@ class CoaddRepository:
         if (self.root / "butler.yaml").exists():
             raise FileExistsError(f"{self.root} already holds a Butler repository.")
         self.bands = tuple(bands)
-        self.patches = dict(patches)
-        self.skymap, self.tract = skymap, tract
+        self.skymap = skymap
         self.coadd_dataset = f"{coadd_name}_coadd"
+        self.pixel_scale = pixel_scale
+        self._create()
+        self._add_tract(tract, patches, centre)
 
+    def another_tract(
+        self, tract: int, patches: Mapping[int, PatchLayout], centre: tuple[float, float]
+    ) -> CoaddRepository:
+        """Add a tract.
+
+        Parameters
+        ----------
+        tract : `int`
+            Tract id.
+        patches : mapping of `int` to `PatchLayout`
+            Its patches by id.
+        centre : `tuple` [`float`, `float`]
+            Right ascension and declination of its centre, degree.
+
+        Returns
+        -------
+        repository : `CoaddRepository`
+            The same repository, for the patches of this tract.
+        """
+        other = copy.copy(self)
+        other._add_tract(tract, patches, centre)
+        return other
+
+    def _add_tract(self, tract: int, patches: Mapping[int, PatchLayout], centre: tuple[float, float]) -> None:
+        """Choose a projection and write the records of a tract and its patches."""
+        self.patches, self.tract = dict(patches), tract
+        skymap, pixel_scale = self.skymap, self.pixel_scale
         # A margin of one pixel keeps the patches' regions inside the tract's, whatever rounding does.
         y_stop = max(p.box.y.stop for p in self.patches.values()) + 1
         x_stop = max(p.box.x.stop for p in self.patches.values()) + 1
@@ -175,24 +220,8 @@ class CoaddRepository:
             x0=x_start,
             y0=y_start,
         )
-        self._create(tract_box)
-
-    def _create(self, tract_box: Box) -> None:
-        """Make the repository and write its dimension records and dataset types."""
-        Butler.makeRepo(str(self.root))
         with Butler.from_config(str(self.root), run=self.inputs) as butler:
             registry = butler.registry
-            registry.insertDimensionData(
-                "skymap",
-                {
-                    "name": self.skymap,
-                    # The record wants 20 bytes that identify the geometry.
-                    "hash": hashlib.sha1(repr(sorted(self.patches.items())).encode()).digest(),
-                    "tract_max": self.tract + 1,
-                    "patch_nx_max": max(self.patches) + 1,
-                    "patch_ny_max": 1,
-                },
-            )
             registry.insertDimensionData(
                 "tract", {"skymap": self.skymap, "id": self.tract, "region": self._region(tract_box)}
             )
@@ -208,6 +237,23 @@ class CoaddRepository:
                         "region": self._region(layout.box),
                     },
                 )
+
+    def _create(self) -> None:
+        """Make the repository and write the dimension records and dataset types that tracts share."""
+        Butler.makeRepo(str(self.root))
+        with Butler.from_config(str(self.root), run=self.inputs) as butler:
+            registry = butler.registry
+            registry.insertDimensionData(
+                "skymap",
+                {
+                    "name": self.skymap,
+                    # The record wants 20 bytes that identify the geometry; what is here is no sky map's.
+                    "hash": hashlib.sha1(self.skymap.encode()).digest(),
+                    "tract_max": 1 << PatchIds.TRACT_BITS,
+                    "patch_nx_max": 1 << PatchIds.PATCH_BITS,
+                    "patch_ny_max": 1,
+                },
+            )
             # band is a view of physical_filter, which in turn belongs to an instrument.
             registry.insertDimensionData(
                 "instrument",
@@ -315,7 +361,7 @@ class CoaddRepository:
             sky_projection=self.projection,
             band=band,
             psf=CellPointSpreadFunction(kernels, CellGridBounds(grid=grid, bbox=box, missing=missing)),
-            patch=PatchDefinition(id=patch, index=YX(y=0, x=patch), inner_bbox=box, cells=grid),
+            patch=PatchDefinition(id=patch, index=YX(y=0, x=patch), inner_bbox=layout.inner_box, cells=grid),
         )
 
     def put_coadds(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ground.cutouts import nearest_pixel
 from ..ground.flags import SOURCE_FLAGS
 from ..ground.psf import FWHM_PER_SIGMA
 from ._pruning import worth
@@ -22,7 +23,7 @@ def source_flags(state: State, rows: NDArray[np.int64]) -> dict[str, NDArray[np.
     """Flags of sources by name, (K,) each."""
     r, scene = state.rows, state.scene
     active, parent = r.active[rows], r.parent[rows]
-    x, y = np.floor(r.peak[rows] + 0.5).astype(np.int64).T
+    x, y = nearest_pixel(r.peak[rows]).T
     outside = state.outside(r.peak[rows])
     masked_centre = np.zeros(len(rows), bool)
     masked_centre[~outside] = ~state.valid[state.usable][:, y[~outside], x[~outside]].all(axis=0)

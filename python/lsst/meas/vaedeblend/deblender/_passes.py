@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ground.cutouts import cut_out
+from ..ground.cutouts import cut_out, nearest_pixel
 from ..inference import kernels
 from ._drawing import Drawn
 from ._fluxes import solve
@@ -157,7 +157,7 @@ def _templates(state: State, rows: NDArray[np.int64], image: NDArray) -> NDArray
     r, s = state.rows, state.size
     out = np.zeros(image.shape, np.float32)
     for i, row in enumerate(rows):
-        across = np.rint(2 * (r.peak[row, ::-1] - r.corner[row])).astype(np.int64)
+        across = nearest_pixel(2 * (r.peak[row, ::-1] - r.corner[row]))
         opposite = across[:, None] - np.arange(s)
         on = (opposite >= 0) & (opposite < s)
         turned = image[i][:, np.clip(opposite[0], 0, s - 1)][:, :, np.clip(opposite[1], 0, s - 1)]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from ..ground.cutouts import nearest_pixel
 from ..inference import kernels, overlapping_pairs
 from ._drawing import Drawn, GridDrawing
 from ._fluxes import solve
@@ -129,7 +130,7 @@ def _candidates(state: State, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
 def _core_masked(state: State, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether a pixel close to the peak is masked in a band that has data, (K,)."""
     reach = int(np.ceil(_CORE))
-    x, y = np.floor(state.rows.peak[rows] + 0.5).astype(np.int64).T
+    x, y = nearest_pixel(state.rows.peak[rows]).T
     size = 2 * reach + 1
     bad = ~kernels.cut(state.valid, y - reach, x - reach, size)[:, state.usable].all(axis=1)
     offset = np.arange(-reach, reach + 1)
@@ -256,7 +257,8 @@ def _occam_of_point(flux: NDArray, error: NDArray, spread: NDArray) -> NDArray[n
     ratio to it, and normal in position with a standard deviation of a pixel. In each band the data leave
     sqrt(2 pi) sigma / flux of it.
     """
-    relative = error / np.maximum(flux, error)
+    # A band without data leaves all of the prior: its error is infinite.
+    relative = np.divide(error, np.maximum(flux, error), out=np.ones_like(error), where=np.isfinite(error))
     known = np.isfinite(error)
     width = np.full(flux.shape, _COLOUR_RANGE)
     width[np.arange(len(flux)), _best_band(flux, error)] = _LOG_FLUX_RANGE

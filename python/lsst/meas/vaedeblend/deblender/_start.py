@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ground.cutouts import nearest_pixel
 from ..ground.peaks import find_peaks
 from ._state import State
 
@@ -47,7 +48,7 @@ def place_first(state: State) -> None:
 def _brightest(state: State, p: int, peaks: NDArray) -> NDArray[np.int64]:
     """The brightest peaks that a parent may have, in their given order."""
     significance, y0, x0 = state.significance(p)
-    x, y = (np.floor(peaks + 0.5).astype(np.int64) - [x0, y0]).T
+    x, y = (nearest_pixel(peaks) - [x0, y0]).T
     inside = (x >= 0) & (y >= 0) & (x < significance.shape[1]) & (y < significance.shape[0])
     brightness = np.full(len(peaks), -np.inf)
     brightness[inside] = significance[y[inside], x[inside]]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from ..ground.cutouts import nearest_pixel
 from ..ground.flags import PARENT_FLAGS
 from ..ground.noise import noise_correlation, noise_factor
 from ..ground.peaks import significance_map
@@ -143,7 +144,7 @@ class State:
 
     def new_rows(self, peaks: NDArray, parent: NDArray, *, given: ArrayLike, iteration: int) -> Rows:
         """Make rows for peaks (x, y), with what does not depend on the network."""
-        corner = np.floor(peaks[:, ::-1] - np.array(self.metadata.centre) + 0.5).astype(np.int64)
+        corner = nearest_pixel(peaks[:, ::-1] - np.array(self.metadata.centre))
         return Rows.new(
             parent,
             peaks,

@@ -9,7 +9,26 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["add_cutouts", "cut_out", "overlaps"]
+__all__ = ["add_cutouts", "cut_out", "nearest_pixel", "overlaps"]
+
+FARTHEST = 1 << 40
+"""Pixels beyond which positions, which may be anywhere, are not told apart: integers that can be added to."""
+
+
+def nearest_pixel(position: ArrayLike) -> NDArray[np.int64]:
+    """Find the pixels that positions lie in.
+
+    Parameters
+    ----------
+    position : array_like
+        Positions, pixel. Pixel n covers n - 0.5 to n + 0.5.
+
+    Returns
+    -------
+    pixel : `numpy.ndarray`
+        Indices, at most `FARTHEST` from 0.
+    """
+    return np.clip(np.floor(np.asarray(position, float) + 0.5), -FARTHEST, FARTHEST).astype(np.int64)
 
 
 def overlaps(

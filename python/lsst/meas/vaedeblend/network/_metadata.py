@@ -21,6 +21,10 @@ KINDS = ("deblender", "decoder", "render", "linearise")
 _OPTIONAL = ("decoder", "decoder_sha256")
 """Keys that documents may leave out."""
 
+MAX_DOCUMENT, MAX_BANDS, MAX_CUTOUT, MAX_LATENT, MAX_NAME = 1 << 24, 64, 1024, 4096, 200
+"""Bytes of a document, bands, pixels along a cutout, latents, and letters of a name: arrays are made by these
+numbers before a graph could contradict them."""
+
 
 class NetworkError(Exception):
     """A network artefact cannot be used; the message says what was expected and what was found."""
@@ -94,33 +98,51 @@ class NetworkMetadata:
 
     def __post_init__(self) -> None:
         def number(value: Any) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            # Integers of any length are JSON, and those beyond a float's range are no measure of anything.
+            return (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and -1e300 < value < 1e300
+                and math.isfinite(value)
+            )
+
+        def plain(value: Any) -> bool:
+            # Names become those of columns and files, and are printed.
+            return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
+
+        def shown(value: Any) -> str:
+            text = repr(value)
+            return text if len(text) < 500 else f"{text[:500]}..."
 
         def check(key: str, good: bool, expected: str) -> None:
             if not good:
                 raise NetworkError(
-                    f"network {self.name!r}: {key} should be {expected}, found {getattr(self, key)!r}."
+                    f"network {shown(self.name)}: {key} should be {expected}, "
+                    f"found {shown(getattr(self, key))}."
                 )
 
         def interval(value: Any) -> bool:
             return isinstance(value, list | tuple) and len(value) == 2 and all(map(number, value))
 
-        check("contract", self.contract == CONTRACT_VERSION, f"{CONTRACT_VERSION} (this runtime's contract)")
-        check("name", isinstance(self.name, str) and bool(self.name), "a name")
+        # Of True and 1.0, too, Python says that they are 1.
+        version = type(self.contract) is int and self.contract == CONTRACT_VERSION
+        check("contract", version, f"{CONTRACT_VERSION} (this runtime's contract)")
+        check("name", plain(self.name), "a name")
         check("kind", self.kind in KINDS, f"one of {list(KINDS)}")
         check(
             "bands",
             isinstance(self.bands, list | tuple)
-            and len(self.bands) > 0
-            and all(isinstance(b, str) and b for b in self.bands)
+            and 0 < len(self.bands) <= MAX_BANDS
+            and all(plain(b) for b in self.bands)
             and len(set(self.bands)) == len(self.bands),
-            "a list of different band names",
+            f"a list of different band names, at most {MAX_BANDS}",
         )
         object.__setattr__(self, "bands", tuple(self.bands))
         check("pixel_scale", number(self.pixel_scale) and self.pixel_scale > 0, "a positive number of arcsec")
-        for key in ("cutout_size", "latent_size"):
+        for key, most in (("cutout_size", MAX_CUTOUT), ("latent_size", MAX_LATENT)):
             value = getattr(self, key)
-            check(key, isinstance(value, int) and not isinstance(value, bool) and value > 0, "a positive int")
+            sound = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+            check(key, sound, f"a positive int, at most {most}")
         check(
             "centre",
             interval(self.centre) and all(0 <= c <= self.cutout_size - 1 for c in self.centre),
@@ -134,7 +156,8 @@ class NetworkMetadata:
             and number(self.frame.get("sigma"))
             and self.frame["sigma"] > 0
         )
-        fwhm = self.frame.get("fwhm")
+        fwhm, scales = self.frame.get("fwhm"), self.frame.get("pixel_scale", {})
+        own = isinstance(scales, dict) and all(number(s) and s > 0 for s in scales.values())
         observed = (
             self.frame.get("type") == "observed"
             and isinstance(fwhm, dict)
@@ -143,9 +166,9 @@ class NetworkMetadata:
         )
         check(
             "frame",
-            gaussian or observed,
+            (gaussian or observed) and own,
             '{"type": "gaussian", "sigma": pixels} or {"type": "observed", "fwhm": {band: arcsec}} '
-            f"with a FWHM for each of {list(self.bands)}",
+            f"with a FWHM for each of {list(self.bands)}, and pixel scales that are positive",
         )
         noise, psf = self.training_range.get("noise"), self.training_range.get("psf_fwhm")
         check(
@@ -157,8 +180,8 @@ class NetworkMetadata:
         check("licence", isinstance(self.licence, str), "a string")
         check("weights_sha256", isinstance(self.weights_sha256, str), "a string")
         # It becomes part of a file's name, in the folder of this one.
-        plain = isinstance(self.decoder, str) and re.fullmatch(r"[\w-][\w.-]*|", self.decoder) is not None
-        check("decoder", plain, "the plain name of a network")
+        file = isinstance(self.decoder, str) and re.fullmatch(r"[\w-][\w.-]*|", self.decoder) is not None
+        check("decoder", file and len(self.decoder) <= MAX_NAME, "the plain name of a network")
         check("decoder_sha256", isinstance(self.decoder_sha256, str), "a string")
 
     def check_deblender(self) -> None:
@@ -211,9 +234,22 @@ class NetworkMetadata:
         NetworkError
             Raised if the document is not valid.
         """
+        if len(text) > MAX_DOCUMENT:
+            raise NetworkError(f"{source}: metadata of {len(text)} characters, {MAX_DOCUMENT} may be.")
+
+        def constant(name: str) -> None:
+            raise ValueError(f"{name} is no number")
+
+        def finite(digits: str) -> float:
+            value = float(digits)
+            if not math.isfinite(value):
+                raise ValueError(f"{digits:.50} is beyond the range of numbers")
+            return value
+
         try:
-            document = json.loads(text)
-        except ValueError as err:
+            document = json.loads(text, parse_constant=constant, parse_float=finite)
+        # Brackets within brackets exhaust the parser's stack.
+        except (ValueError, RecursionError) as err:
             raise NetworkError(f"{source}: the metadata are not JSON: {err}.") from err
         if not isinstance(document, dict):
             raise NetworkError(
@@ -222,7 +258,7 @@ class NetworkMetadata:
         # A newer contract may have other keys: say so before complaining about any of them.
         if document.get("contract") != CONTRACT_VERSION:
             raise NetworkError(
-                f"{source}: contract version {document.get('contract')!r}, "
+                f"{source}: contract version {document.get('contract')!r:.100}, "
                 f"this runtime reads version {CONTRACT_VERSION}."
             )
         names = [field.name for field in dataclasses.fields(cls)]

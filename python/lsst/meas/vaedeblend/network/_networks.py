@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -617,7 +619,10 @@ def _sound(mean: NDArray, sigma: NDArray) -> NDArray[np.bool_]:
     return np.isfinite(mean).all(axis=1) & (np.isfinite(sigma) & (sigma >= 0)).all(axis=1)
 
 
-_CACHE: dict[tuple, Network] = {}
+_CACHE: collections.OrderedDict[tuple, Network] = collections.OrderedDict()
+_LOCK = threading.RLock()
+MAX_CACHED = 8
+"""Networks that a process keeps; the one that was not asked for longest goes."""
 
 
 def load_network(
@@ -630,8 +635,8 @@ def load_network(
 ) -> Network:
     """Load a network once per process.
 
-    A PipelineTask is constructed for every quantum; the network it needs stays. A file that was replaced
-    since (another time of modification or size) is loaded anew.
+    A PipelineTask is constructed for every quantum; the network it needs stays, among the last `MAX_CACHED`
+    that were asked for. A file that was replaced since (another time of modification or size) is loaded anew.
 
     Parameters
     ----------
@@ -650,15 +655,23 @@ def load_network(
         (which `Network.load` reads, for comparisons).
     """
     path = resolve(name_or_path).resolve()
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as err:
+        raise NetworkError(f"{path}: cannot be read: {err}.") from err
     key = (path, status.st_mtime_ns, status.st_size, tuple(providers), require, threads)
-    network = _CACHE.get(key)
-    if network is None:
-        # What was loaded from an earlier state of the file is of no use any more.
-        for old in [k for k in _CACHE if k[0] == path and k[1:3] != key[1:3]]:
-            del _CACHE[old]
-        network = Network.load(path, providers, require, threads)
-        network.metadata.check_deblender()
-        _CACHE[key] = network
+    # Threads that ask for one network wait for the one that loads it.
+    with _LOCK:
+        network = _CACHE.get(key)
+        if network is None:
+            # What was loaded from an earlier state of the file is of no use any more.
+            for old in [k for k in _CACHE if k[0] == path and k[1:3] != key[1:3]]:
+                del _CACHE[old]
+            network = Network.load(path, providers, require, threads)
+            network.metadata.check_deblender()
+            _CACHE[key] = network
+            while len(_CACHE) > MAX_CACHED:
+                _CACHE.popitem(last=False)
+        _CACHE.move_to_end(key)
     network.check(bands, pixel_scale)
     return network

@@ -15,11 +15,21 @@ __all__ = ["METADATA_KEY", "embed_metadata", "graph_sha256", "verify"]
 METADATA_KEY = "vaedeblend"
 """Key of the JSON document among an ONNX file's metadata properties."""
 
-# Fields of ModelProto and GraphProto in onnx.proto3.
+# Fields of ModelProto and TensorProto in onnx.proto3.
 _MODEL_GRAPH = 7
 _MODEL_METADATA = 14
-_GRAPH_INITIALIZER = 5
-_TENSOR_EXTERNAL_DATA = 13
+_MODEL_TRAINING, _MODEL_FUNCTIONS = 20, 25
+_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
+
+# Message to its fields that hold messages in which, at some depth, tensors are.
+_CONTAINERS = {
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {},
+}
+_MAX_DEPTH = 40
 
 
 def _fields(buffer: memoryview, source: str) -> Iterator[tuple[int, memoryview | None, int]]:
@@ -175,8 +185,20 @@ def verify(model: bytes, source: str) -> NetworkMetadata:
             f"{source}: the graph was altered: its SHA-256 is {digest}, "
             f"the metadata say {metadata.weights_sha256}."
         )
-    for number, payload, _ in _fields(graph, source):
-        if number == _GRAPH_INITIALIZER and payload is not None:
-            if any(field == _TENSOR_EXTERNAL_DATA for field, _, _ in _fields(payload, source)):
-                raise NetworkError(f"{source}: weights in another file are not covered by the checksum.")
+    for number, _, _ in _fields(memoryview(model), source):
+        if number in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
+            raise NetworkError(f"{source}: functions beside the graph are not covered by the checksum.")
+    _check_tensors_are_here(graph, "graph", source)
     return metadata
+
+
+def _check_tensors_are_here(message: memoryview, kind: str, source: str, depth: int = 0) -> None:
+    """Refuse tensors in other files wherever they are: weights, constants of nodes, graphs in graphs."""
+    if depth > _MAX_DEPTH:
+        raise NetworkError(f"{source}: graphs are nested more than {_MAX_DEPTH} messages deep.")
+    inside = _CONTAINERS[kind]
+    for number, payload, _ in _fields(message, source):
+        if kind == "tensor" and number in (_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION):
+            raise NetworkError(f"{source}: weights in another file are not covered by the checksum.")
+        if number in inside and payload is not None:
+            _check_tensors_are_here(payload, inside[number], source, depth + 1)

@@ -20,6 +20,12 @@ __all__ = ["Artefact"]
 
 _LOG = logging.getLogger("lsst.meas.vaedeblend.network")
 
+_BOOKKEEPING = frozenset(
+    "Add Cast Concat ConstantOfShape Div Equal Expand Gather Identity Mod Mul Range Reshape SequenceAt Shape "
+    "Slice SplitToSequence Squeeze Sub Transpose Unsqueeze Where".split()
+)
+"""Operations on shapes, which providers leave to the CPU on purpose; all others are work."""
+
 
 def _session(model: bytes, source: str, providers: Sequence[str], require: bool, threads: int) -> Any:
     """Create the onnxruntime session on the first of the wanted providers that works."""
@@ -43,6 +49,9 @@ def _session(model: bytes, source: str, providers: Sequence[str], require: bool,
     # Numbers too small for full precision cost a processor a hundred times the others. The first session of a
     # process decides for all threads; graphs bound their exponents, so that nothing depends on it.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    strict = require and providers[0] != "CPUExecutionProvider"
+    if strict:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = onnxruntime.InferenceSession(model, sess_options=options, providers=wanted)
     except Exception as err:  # onnxruntime raises many unrelated types
@@ -55,7 +64,27 @@ def _session(model: bytes, source: str, providers: Sequence[str], require: bool,
                 f"Execution provider {providers[0]!r} is required, onnxruntime started {used!r}."
             )
         _LOG.warning("Execution provider %s was asked for, %s is in use.", providers[0], used)
+    if strict:
+        _check_placement(session, providers[0], source)
     return session
+
+
+def _check_placement(session: Any, provider: str, source: str) -> None:
+    """Check that a provider has the work of a graph; onnxruntime gives what it cannot do to others."""
+    try:
+        parts = session.get_provider_graph_assignment_info()
+    except Exception as err:  # not there before 1.24, and onnxruntime raises many unrelated types
+        _LOG.warning("%s: this onnxruntime does not say which nodes %s has: %s", source, provider, err)
+        return
+    elsewhere = [node.op_type for part in parts if part.ep_name != provider for node in part.get_nodes()]
+    work = sorted(set(elsewhere) - _BOOKKEEPING)
+    if work:
+        raise NetworkError(
+            f"{source}: execution provider {provider!r} is required, {len(elsewhere)} nodes would run on "
+            f"another, among them {', '.join(work[:8])}."
+        )
+    if elsewhere:
+        _LOG.info("%s: %d nodes that handle shapes are not on %s.", source, len(elsewhere), provider)
 
 
 def _run_options() -> Any:

@@ -4,5 +4,14 @@
 """PipelineTasks."""
 
 from .deblend import NoFiniteModelError, VaeDeblendConfig, VaeDeblendConnections, VaeDeblendTask
+from .tract import JoinTractConfig, JoinTractConnections, JoinTractTask
 
-__all__ = ["NoFiniteModelError", "VaeDeblendConfig", "VaeDeblendConnections", "VaeDeblendTask"]
+__all__ = [
+    "JoinTractConfig",
+    "JoinTractConnections",
+    "JoinTractTask",
+    "NoFiniteModelError",
+    "VaeDeblendConfig",
+    "VaeDeblendConnections",
+    "VaeDeblendTask",
+]

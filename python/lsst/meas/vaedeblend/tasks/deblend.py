@@ -29,9 +29,10 @@ from lsst.pipe.base import (
 from lsst.utils.timer import timeMethod
 
 from ..adapters.cell_coadd import masked_image, scene_from_cell_coadds, union_planes
+from ..adapters.stored_network import DATASET, load_stored_network
 from ..catalog import models_table, object_table, parent_table
 from ..ground.identifiers import PatchIds
-from ..network import NetworkError
+from ..network import Network, NetworkError
 from ..sources import ParentSummary, SourceModels
 from .common import (
     DeblendTaskConfig,
@@ -44,6 +45,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    import pyarrow
     from astropy.table import Table
     from lsst.daf.butler import DataCoordinate, DatasetRef
     from lsst.images.cells import CellCoadd
@@ -73,6 +75,12 @@ class VaeDeblendConnections(
         name="object_vae_peaks",
         storageClass="ArrowAstropy",
         dimensions=("skymap", "tract", "patch"),
+    )
+    network = cT.PrerequisiteInput(
+        doc="The network, as `lsst.meas.vaedeblend.adapters.stored_network` stores it.",
+        name=DATASET,
+        storageClass="ArrowTable",
+        dimensions=(),
     )
     objects = cT.Output(
         doc="Catalogue of deblended objects.",
@@ -108,6 +116,8 @@ class VaeDeblendConnections(
             return
         if not config.usePeaks:
             del self.peaks
+        if not config.useStoredNetwork:
+            del self.network
         if not config.doWriteResidual:
             del self.residual
 
@@ -122,9 +132,13 @@ class VaeDeblendConnections(
         Mapping[str, tuple[Output, Collection[DatasetRef]]],
     ]:
         # Docstring inherited. The bands are the network's: others are not read, and without all of them there
-        # is no work, which is better known when the graph is built than when it runs.
-        bands = network_metadata(self.config.network).bands
+        # is no work, which is better known when the graph is built than when it runs. Of a network that is a
+        # dataset nothing is known before.
         connection, refs = inputs["coadds"]
+        if self.config.useStoredNetwork:
+            super().adjustQuantum(inputs, outputs, label, data_id)
+            return {}, {}
+        bands = network_metadata(self.config.network).bands
         kept = [ref for ref in refs if ref.dataId["band"] in bands]
         present = {str(ref.dataId["band"]) for ref in kept}
         check_quantum(present, self.config, f"{label} at {data_id}")
@@ -149,6 +163,10 @@ class VaeDeblendConfig(PipelineTaskConfig, DeblendTaskConfig, pipelineConnection
     """
 
     usePeaks = Field[bool](doc="Start from a table of peaks, instead of finding them.", default=False)
+    useStoredNetwork = Field[bool](
+        doc="Take the network from the repository (vaedeblend_network), instead of the one named by network.",
+        default=False,
+    )
     doWriteResidual = Field[bool](doc="Write the residual images.", default=False)
 
 
@@ -177,7 +195,7 @@ class VaeDeblendTask(PipelineTask):
         outputRefs: OutputQuantizedConnection,
     ) -> None:
         # Docstring inherited.
-        network = configured_network(self.config)
+        network = self._network(butlerQC.get(inputRefs.network) if self.config.useStoredNetwork else None)
         refs = {ref.dataId["band"]: ref for ref in inputRefs.coadds}
         bands = network.metadata.bands
         data_id = butlerQC.quantum.dataId
@@ -185,12 +203,14 @@ class VaeDeblendTask(PipelineTask):
         coadds = {band: butlerQC.get(refs[band]) for band in bands if band in refs}
         peaks = butlerQC.get(inputRefs.peaks) if self.config.usePeaks else None
 
-        outputs = self.run(coadds, PatchIds(int(data_id["tract"]), int(data_id["patch"])), peaks=peaks)
+        outputs = self.run(coadds, PatchIds(int(data_id["tract"]), int(data_id["patch"])), peaks, network)
         butlerQC.put(outputs.objects, outputRefs.objects)
         butlerQC.put(outputs.parents, outputRefs.parents)
         butlerQC.put(outputs.models, outputRefs.models)
         if self.config.doWriteResidual:
             for ref in outputRefs.residual:
+                if ref.dataId["band"] not in outputs.residual:
+                    continue
                 butlerQC.put(outputs.residual[ref.dataId["band"]], ref)
 
         # Everything is written and flagged, but a patch without a single model is not a success.
@@ -198,8 +218,23 @@ class VaeDeblendTask(PipelineTask):
             error = NoFiniteModelError(network.metadata.name, outputs.n_objects)
             raise AnnotatedPartialOutputsError.annotate(error, self, log=self.log) from error
 
+    def _network(self, table: pyarrow.Table | None) -> Network:
+        """Load the network of the repository, or the configured one."""
+        if table is None:
+            return configured_network(self.config)
+        config = self.config
+        return load_stored_network(
+            table, tuple(config.executionProviders), config.requireProvider, config.threads
+        )
+
     @timeMethod
-    def run(self, coadds: Mapping[str, CellCoadd], ids: PatchIds, peaks: Table | None = None) -> Struct:
+    def run(
+        self,
+        coadds: Mapping[str, CellCoadd],
+        ids: PatchIds,
+        peaks: Table | None = None,
+        network: Network | None = None,
+    ) -> Struct:
         """Deblend one patch.
 
         Parameters
@@ -210,6 +245,8 @@ class VaeDeblendTask(PipelineTask):
             Gives objects and parents their identifiers.
         peaks : `astropy.table.Table`, optional
             Peaks to start from, with columns ``x`` and ``y`` (tract pixel) and optionally ``parent``.
+        network : `lsst.meas.vaedeblend.network.Network`, optional
+            The network, by default the configured one.
 
         Returns
         -------
@@ -229,7 +266,7 @@ class VaeDeblendTask(PipelineTask):
         lsst.pipe.base.NoWorkFound
             Raised when a band is missing, or no pixel is detected and no peak given.
         """
-        network = configured_network(self.config)
+        network = configured_network(self.config) if network is None else network
         bands = network.metadata.bands
         if others := sorted(set(coadds) - set(bands)):
             raise NetworkError(
@@ -249,7 +286,10 @@ class VaeDeblendTask(PipelineTask):
         patch = deblend_patch(scene, network, self.config, self.log, self.metadata, masks)
         result, parents = patch.result, patch.parents
         self._identify(result.sources, parents, ids)
-        projection = next(iter(coadds.values())).sky_projection
+        first = next(iter(coadds.values()))
+        projection = first.sky_projection
+        box = first.patch.inner_bbox
+        inner = (box.y.start, box.y.stop, box.x.start, box.x.stop)
 
         def sky(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             if not len(x):  # AST knows no empty set of points
@@ -271,7 +311,7 @@ class VaeDeblendTask(PipelineTask):
                 if band in coadds:
                     residual[band] = masked_image(coadds[band], result.residual[b], scene.origin)
         return Struct(
-            objects=object_table(result.sources, parents, sky, posterior=patch.posterior),
+            objects=object_table(result.sources, parents, sky, posterior=patch.posterior, inner=inner),
             parents=parent_table(parents, sky),
             models=models_table(result.sources),
             residual=residual,
