@@ -282,5 +282,6 @@ def test_images_of_different_widths_lie_on_one_square_about_the_same_pixel(netwo
         down, along = (
             slice(max(start, 0), min(start + image.shape[-1], SIZE)) for start in (int(top), int(left))
         )
-        total[:, down, along] += image[:, down.start - top : down.stop - top, along.start - left : along.stop - left]
+        own = (slice(down.start - top, down.stop - top), slice(along.start - left, along.stop - left))
+        total[:, down, along] += image[:, *own]
     np.testing.assert_allclose(total[:, 70:110, 70:110], scene.image[:, 70:110, 70:110], rtol=1e-4, atol=1e-3)

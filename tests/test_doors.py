@@ -142,6 +142,6 @@ def test_what_is_common_is_in_one_class():
     assert own == settings | ({"connections", "saveLogOutput", "quantumDataIdKeys"} & own)
     for config in (VaeDeblendConfig(), DeblendTaskConfig()):
         assert tuple(config.badMaskPlanes) == BAD_PLANES
-        assert config.deblend.findNewPeaks is None and config.deblend.allowMissingBands
+        assert config.deblend.findNewPeaks and config.deblend.allowMissingBands
     # Exceptions are granted in one place.
     assert not {"allowMissingBands", "allowOtherPixelScale"} & set(VaeDeblendConfig().keys())

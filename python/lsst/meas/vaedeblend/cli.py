@@ -196,7 +196,8 @@ def deblend(
 
     settings = DeblendConfig()
     settings.allowMissingBands = False
-    settings.findNewPeaks = None
+    # Peaks that a user gives are all that there is, unless told otherwise.
+    settings.findNewPeaks = peaks is None
     _configure(settings, config)
     points = _by_band("--zeropoint", zeropoint)
     images = read_images(
@@ -213,8 +214,6 @@ def deblend(
         bad_bits=None if bad_bits is None else int(bad_bits, 0),
         check=not force,
     )
-    if settings.findNewPeaks is None:
-        settings.findNewPeaks = images.peaks is None
     bar_ = click.progressbar(length=100, label="deblend", item_show_func=lambda what: what)
     with _quiet("lsst.meas.vaedeblend.network"), bar_ as bar:
 

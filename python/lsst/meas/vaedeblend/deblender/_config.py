@@ -117,11 +117,10 @@ class DeblendConfig(Config):
         inclusiveMin=False,
     )
     findNewPeaks = Field[bool](
-        doc="Look for further peaks in the residuals? The tasks also take None, their default: in patches "
-        "that come without peaks. Where peaks are given they say what there is, and what remains of galaxies "
-        "larger than the network's cutout would pass for more.",
+        doc="Look for further peaks in the residuals, where peaks are given as well? Detection misses many "
+        "neighbours, whose light others would take. A source that is found so has to earn its place against "
+        "noise and errors of the models.",
         default=True,
-        optional=True,
     )
     peakThreshold = RangeField(
         dtype=float,

@@ -144,10 +144,6 @@ class DeblendTaskConfig(LimitsConfig):
     )
     deblend = ConfigField[DeblendConfig](doc="The iterative procedure.")
 
-    def setDefaults(self) -> None:
-        super().setDefaults()
-        self.deblend.findNewPeaks = None
-
     def validate(self) -> None:
         super().validate()
         cls = self.__class__
@@ -460,8 +456,6 @@ def run_procedure(
         log.warning("Going on as configured: %s", error)
     procedure = DeblendConfig()
     procedure.update(**config.deblend.toDict())
-    if procedure.findNewPeaks is None:
-        procedure.findNewPeaks = not any(len(parent.peaks) for parent in scene.parents)
     return deblend(scene, network, procedure)
 
 
