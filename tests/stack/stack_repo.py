@@ -205,22 +205,25 @@ def make_cell_coadd(exposure: afwImage.ExposureF, data_id: Mapping[str, Any], ce
 
 @dataclasses.dataclass
 class StackRepository:
-    """A repository with one tract of 3 x 3 patches.
+    """A repository with one tract, by default of 3 x 3 patches.
 
     Parameters
     ----------
     root : `pathlib.Path`
         Directory of the repository; it is made.
+    size : `int`, optional
+        Width of the patches, pixel; of small ones there are more.
     """
 
     root: Path
+    size: int = SIZE
 
     def __post_init__(self) -> None:
         config = DiscreteSkyMap.ConfigClass()
         config.raList, config.decList, config.radiusList = [150.0], [2.0], [0.03]
         config.projection = "TAN"
         config.pixelScale = 0.2
-        config.tractBuilder["legacy"].patchInnerDimensions = [SIZE, SIZE]
+        config.tractBuilder["legacy"].patchInnerDimensions = [self.size, self.size]
         config.tractBuilder["legacy"].patchBorder = 0
         config.tractOverlap = 0.0
         self.skymap = DiscreteSkyMap(config)
@@ -258,7 +261,7 @@ class StackRepository:
     def corner(self, patch: int) -> tuple[int, int]:
         """Tract pixel (y, x) of a patch's first pixel."""
         box = self.tract[patch].getOuterBBox()
-        assert (box.getWidth(), box.getHeight()) == (SIZE, SIZE)
+        assert (box.getWidth(), box.getHeight()) == (self.size, self.size)
         return box.getMinY(), box.getMinX()
 
     def data_id(self, patch: int, **extra: Any) -> dict[str, Any]:
@@ -280,17 +283,26 @@ class StackRepository:
                 butler.put(exposure, "deepCoadd", data_id)
                 butler.put(make_cell_coadd(exposure, data_id, cell), "deepCoaddCell", data_id)
 
-    def run(self, tasks: str, inputs: Sequence[str], output: str, patches: Sequence[int]) -> str:
-        """Run a pipeline with pipetask and give its log."""
+    def run(
+        self,
+        tasks: str,
+        inputs: Sequence[str],
+        output: str,
+        patches: Sequence[int],
+        bands: Sequence[str] | None = None,
+    ) -> str:
+        """Run a pipeline with pipetask, in some bands or all, and give its log."""
         path = self.root / f"{output.replace('/', '_')}.yaml"
         path.write_text(COMMON + tasks)
-        chosen = ", ".join(map(str, patches))
+        query = f"skymap = '{SKYMAP}' AND tract = 0 AND patch IN ({', '.join(map(str, patches))})"
+        if bands is not None:
+            query += f" AND band IN ({', '.join(map(repr, bands))})"
         return run_pipetask(
             self.root,
             output,
             inputs=",".join([*inputs, INPUTS, "skymaps"]),
             pipeline=path,
-            query=f"skymap = '{SKYMAP}' AND tract = 0 AND patch IN ({chosen})",
+            query=query,
         ).stdout
 
     def get(self, dataset: str, collection: str, patch: int | None = None, **extra: Any) -> Any:
