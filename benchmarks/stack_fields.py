@@ -6,7 +6,7 @@ usage: python benchmarks/stack_fields.py REPO FIELDS [FIELDS ...] [--out results
 
 Runs in the LSST stack. Each field of the directories FIELDS, in the format that `vaedeblend evaluate fields`
 reads, becomes a patch of the new repository REPO. Detection and merging are those of the stack; scarlet, this
-deblender and this deblender with ``findNewPeaks`` work on the same detections, and the stack's measurement,
+deblender and this deblender without new peaks work on the same detections, and the stack's measurement,
 as it is, on what they make. The truth of each galaxy is the same measurement on its noiseless image alone.
 """
 
@@ -37,7 +37,7 @@ from stack_repo import DETECT, INPUTS, MEASURE, SCARLET, VAE, StackRepository, m
 METHODS = {
     "scarlet": SCARLET,
     "default": VAE,
-    "findNewPeaks": VAE + "    config:\n      multibandDeblend.deblend.findNewPeaks: true\n",
+    "findNewPeaks=False": VAE + "    config:\n      multibandDeblend.deblend.findNewPeaks: false\n",
 }
 LABELS = ("deconvolve", "deblend")
 # Colours and sizes are compared in these; others need not be measured.

@@ -176,7 +176,7 @@ def test_width_follows_the_extent_of_the_source():
     widths = grids.choose(flux[:, None, None], covariance, cell, np.ones((4, 1)), 1e-5)
     # Outside of the radius r lies exp(-r^2 / s^2) of the squared signal-to-noise ratio f^2 / (4 pi s^2),
     # where s^2 is the variance with the PSF's; 1, or a hundred-thousandth of the whole, is allowed.
-    assert widths.tolist() == [WIDTHS[1], WIDTHS[2], WIDTHS[3], WIDTHS[0]]
+    assert widths.tolist() == [WIDTHS[1], WIDTHS[2], WIDTHS[4], WIDTHS[0]]
 
 
 def test_signal_inside_of_squares():
