@@ -269,7 +269,7 @@ def test_the_posterior_arrives_in_measurement(deblended, objects):
     assert 0.8 < np.median(ratio[bright]) < 1.25
 
 
-def test_measurement_plugins_run_on_heavy_footprints(deblended):
+def test_measurement_plugins_run_on_heavy_footprints(deblended, merged):
     coadd = deblended.get("deepCoadd_calexp", "detections", CROWDED, band="r")
     catalog = attach(deblended, "vae", "r", coadd)
     config = SingleFrameMeasurementTask.ConfigClass()
@@ -287,6 +287,9 @@ def test_measurement_plugins_run_on_heavy_footprints(deblended):
     bright = child & (np.array(measured["base_PsfFlux_instFlux"]) > 20 * measured["base_PsfFlux_instFluxErr"])
     # Closer to the border the PSF's stamp hangs over.
     bright &= inside(measured, coadd, 25)
+    # Detected, not found in what models leave: these lie in others' light, where centroids fail more often.
+    given = {(r.getId(), p.getId()) for r in merged for p in r.getFootprint().peaks}
+    bright &= [(r.getParent(), r["deblend_peakId"]) in given for r in measured]
     assert bright.sum() >= 5
     for name in (
         "base_SdssShape_flag",
@@ -483,14 +486,24 @@ def test_cell_coadds_give_the_same_as_whole_ones(deblended, objects):
 
 
 def assert_same_fluxes(repository, one, other) -> None:
-    """Away from the border, where detection masks whole coadds, objects are the same."""
-    np.testing.assert_array_equal(one["id"], other["id"])
+    """Away from the border, where detection masks whole coadds, objects are the same.
+
+    Peaks found near the border shift the identifiers of all that come after, so that objects are known by
+    their places.
+    """
     coadd = repository.get("deepCoadd_calexp", "detections", CROWDED, band="i")
-    away = inside(other, coadd, 70) & ~np.array(other["merge_peak_sky"])
-    assert away.sum() > 20
+    places = []
+    for catalog in (one, other):
+        away = np.flatnonzero(inside(catalog, coadd, 70) & ~np.array(catalog["merge_peak_sky"]))
+        x, y = (np.array(catalog[f"deblend_peak_center_{axis}"])[away] for axis in "xy")
+        order = np.lexsort((x, y))
+        places.append((away[order], x[order], y[order]))
+    (first, *here), (second, *there) = places
+    assert len(first) == len(second) > 20
+    np.testing.assert_array_equal(here, there)
     for band in ("g", "i"):
         name = posterior_column("flux", band)
-        np.testing.assert_allclose(one[name][away], other[name][away], rtol=5e-3, atol=2.0)
+        np.testing.assert_allclose(one[name][first], other[name][second], rtol=5e-3, atol=2.0)
 
 
 def test_coadds_of_lsst_images_give_the_same(deblended, objects, merged):
@@ -502,7 +515,7 @@ def test_coadds_of_lsst_images_give_the_same(deblended, objects, merged):
         whole = deblended.get("deepCoadd_calexp", "detections", CROWDED, band=band)
         kernel = whole.getPsf().computeKernelImage(whole.getBBox().getCenter()).array
         coadds[band] = repository.make_coadd(0, band, whole.image.array, whole.variance.array, kernel)
-    task = make_task(deblended)
+    task = make_task(deblended, findNewPeaks=True)
     factory = IdFactory.makeSimple()
     result = task.run(mergedDetections=merged, idFactory=factory, coadds_future=coadds)
     assert_same_fluxes(deblended, result.deblendedCatalog, objects)
