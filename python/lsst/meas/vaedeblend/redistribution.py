@@ -13,9 +13,6 @@ from .sources import SourceModels
 
 __all__ = ["redistribute"]
 
-_PIECE = 64
-"""Sources that are rendered at once."""
-
 
 def redistribute(
     scene: Scene, models: SourceModels, footprints: bool = True, rows: ArrayLike | None = None
@@ -59,14 +56,15 @@ def redistribute(
         apart = np.abs(middle[:, None] - middle[wanted]).max(axis=2)
         reach = (width[:, None] + width[wanted]) // 2 + 1
         around = np.flatnonzero((apart < reach).any(axis=1))
+    own, place = np.unique(wanted, return_inverse=True)
+    others = np.setdiff1d(around, own)
+    share = _shares(scene, models, own, footprints)
     total = np.zeros(scene.image.shape, np.float32)
-    # In pieces, as all images together need not fit into memory.
-    for start in range(0, len(around), _PIECE):
-        piece = around[start : start + _PIECE]
-        add_cutouts(total, _shares(scene, models, piece, footprints), *models.corners(piece))
+    add_cutouts(total, share, *models.corners(own))
+    add_cutouts(total, _shares(scene, models, others, footprints), *models.corners(others))
     ratio = np.divide(scene.image, total, out=np.zeros_like(total), where=total > 0)
-    share = _shares(scene, models, wanted, footprints)
-    return share * cut_out(ratio, *models.corners(wanted), share.shape[-1])
+    share *= cut_out(ratio, *models.corners(own), share.shape[-1])
+    return share if rows is None else share[place]
 
 
 def _shares(

@@ -197,6 +197,35 @@ class Renderer:
         observed /= 1.0 + self._halo_light(width)[cell].astype(np.float32)[:, :, None, None]
         return square(models, width), observed
 
+    def point_templates(
+        self, rows: NDArray, dx: NDArray, dy: NDArray, psf_index: NDArray, flux: NDArray, width: NDArray
+    ) -> dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Render unresolved sources of given fluxes on squares of their own widths.
+
+        Parameters
+        ----------
+        rows : `numpy.ndarray`, (N,)
+            Numbers of the sources.
+        dx, dy, psf_index
+            See `points`.
+        flux : `numpy.ndarray`, (N, B)
+            Fluxes, nJy; NaN renders as 0.
+        width : `numpy.ndarray`, (N,)
+            Widths of their squares, pixel.
+
+        Returns
+        -------
+        templates : `dict` [`int`, `tuple` [`numpy.ndarray`]]
+            By number, images in the network's frame and as observed, nJy, see `SourceImages`.
+        """
+        out: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        for w in np.unique(width).tolist():
+            own = np.flatnonzero(width == w)
+            models, observed = self.points(dx[own], dy[own], psf_index[own], w)
+            scale = np.nan_to_num(flux[own]).astype(np.float32)[:, :, None, None]
+            out |= zip(rows[own].tolist(), zip(models * scale, observed * scale, strict=True), strict=True)
+        return out
+
     def point_widths(
         self, flux: ArrayLike, noise: ArrayLike, psf_index: ArrayLike
     ) -> NDArray[np.int64]:

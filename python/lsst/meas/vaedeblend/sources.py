@@ -256,15 +256,9 @@ class SourceModels:
         point_source = np.asarray(table["point_source"], bool) if known else np.zeros(n, bool)
         point = fallback | point_source
         renderer = Renderer(decoder.metadata, psf)
-        templates: dict[int, tuple[NDArray, NDArray]] = {}
-        if point.any():
-            dx, dy = x - start_x - centre_x, y - start_y - centre_y
-            for wide in np.unique(width[point]).tolist():
-                rows = np.flatnonzero(point & (width == wide))
-                points, seen = renderer.points(dx[rows], dy[rows], psf_index[rows], wide)
-                scale = np.nan_to_num(flux[rows])[:, :, None, None].astype(np.float32)
-                pairs = zip(rows.tolist(), points * scale, seen * scale, strict=True)
-                templates |= {row: (own, as_seen) for row, own, as_seen in pairs}
+        rows = np.flatnonzero(point)
+        dx, dy = (x - start_x - centre_x)[rows], (y - start_y - centre_y)[rows]
+        templates = renderer.point_templates(rows, dx, dy, psf_index[rows], flux[rows], width[rows])
         flux_network = np.full(flux.shape, np.nan)
         if "flux_network" in table.colnames:
             flux_network = np.asarray(table["flux_network"], float).reshape(flux.shape)

@@ -134,7 +134,7 @@ class GridDrawing:
         # As if axes did not correlate, which is good enough to find the few that need a closer look.
         part = erf(reach / np.sqrt(np.maximum(mixture.covariance[..., ::2], 1e-3))).prod(axis=2)
         out = (light * part[:, None]).sum(axis=2) / light.sum(axis=2)
-        wide = np.flatnonzero((out < 0.9995).any(axis=1))
+        wide = np.flatnonzero((out < 0.9995).any(axis=1) & (width <= size))
         out[out >= 0.9995] = 1.0
         for start in range(0, len(wide), 64):
             rows = wide[start : start + 64]

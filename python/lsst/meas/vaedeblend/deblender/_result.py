@@ -193,16 +193,9 @@ def _points(state: State, rows: NDArray[np.int64], flux: NDArray) -> dict[int, t
     """Images, in nJy, of sources whose model is the PSF."""
     r = state.rows
     index = np.flatnonzero(r.point[rows])
-    if not len(index):
-        return {}
-    out: dict[int, tuple[NDArray, NDArray]] = {}
-    width = r.stamps.width[rows[index]]
-    for wide in np.unique(width).tolist():
-        own = index[width == wide]
-        sky, observed = state.draw_points(rows[own], r.centroid[rows[own]], wide)
-        scale = np.nan_to_num(flux[own]).astype(np.float32)[:, :, None, None]
-        out |= dict(zip(own.tolist(), zip(sky * scale, observed * scale, strict=True), strict=True))
-    return out
+    own = rows[index]
+    dx, dy = state.offset(own, r.centroid[own]).T
+    return state.renderer.point_templates(index, dx, dy, r.cell[own], flux[index], r.stamps.width[own])
 
 
 def _leftovers(state: State, rows: NDArray[np.int64]) -> NDArray[np.float32]:

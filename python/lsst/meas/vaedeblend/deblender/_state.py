@@ -313,9 +313,12 @@ class State:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Draw points (x, y) on sources' cutouts or larger squares, in the network's frame and as observed,
         (K, B, width, width)."""
-        centre_y, centre_x = self.metadata.centre
-        dy, dx = (position[:, ::-1] - self.rows.corner[rows] - [centre_y, centre_x]).T
+        dx, dy = self.offset(rows, position).T
         return self.renderer.points(dx, dy, self.rows.cell[rows], width)
+
+    def offset(self, rows: NDArray[np.int64], position: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Offsets (x, y) of positions from the centres of sources' cutouts, (K, 2)."""
+        return position - (self.rows.corner[rows] + self.metadata.centre)[:, ::-1]
 
     def put_back(self, saved: Saved, part: NDArray[np.bool_] | None = None) -> None:
         """Put back sources as they were when they were saved, all or a part of them."""

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 __all__ = [
+    "PATCH",
+    "PATCH_BAND",
     "DeblendTaskConfig",
     "NoFiniteModelError",
     "Patch",
@@ -54,6 +56,13 @@ _LOG = logging.getLogger("lsst.meas.vaedeblend.tasks")
 
 # Part of the objects that makes a flag a matter of the whole patch.
 _MOST = 0.5
+
+
+PATCH = ("skymap", "tract", "patch")
+"""Dimensions of what there is once per patch."""
+
+PATCH_BAND = (*PATCH, "band")
+"""Dimensions of what there is once per patch and band."""
 
 
 class NoFiniteModelError(AlgorithmError):
@@ -454,9 +463,7 @@ def run_procedure(
         if not config.deblend.allowOtherPixelScale:
             raise NetworkError(f"{error} deblend.allowOtherPixelScale lets it pass.") from error
         log.warning("Going on as configured: %s", error)
-    procedure = DeblendConfig()
-    procedure.update(**config.deblend.toDict())
-    return deblend(scene, network, procedure)
+    return deblend(scene, network, config.deblend)
 
 
 def _warn(result: DeblendResult, network: Network, log: logging.Logger | Any) -> None:

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
-__all__ = ["CompareDeblendersConfig", "CompareDeblendersConnections", "CompareDeblendersTask"]
+__all__ = [
+    "CompareDeblendersConfig",
+    "CompareDeblendersConnections",
+    "CompareDeblendersTask",
+    "MatchConfig",
+]
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lsst.pipe.base.connectionTypes as cT
-from lsst.pex.config import Field, FieldValidationError, RangeField
+from lsst.pex.config import Config, Field, FieldValidationError, RangeField
 from lsst.pipe.base import NoWorkFound, PipelineTask, PipelineTaskConfig, PipelineTaskConnections, Struct
 from lsst.utils.timer import timeMethod
 
@@ -83,7 +88,21 @@ class CompareDeblendersConnections(
             del self.scarletModels
 
 
-class CompareDeblendersConfig(PipelineTaskConfig, pipelineConnections=CompareDeblendersConnections):
+class MatchConfig(Config):
+    """How objects of two deblenders are matched."""
+
+    radius = RangeField(
+        dtype=float,
+        doc="Largest distance of matched objects, pixel.",
+        default=3.0,
+        min=0.0,
+        inclusiveMin=False,
+    )
+
+
+class CompareDeblendersConfig(
+    PipelineTaskConfig, MatchConfig, pipelineConnections=CompareDeblendersConnections
+):
     """Configuration of `CompareDeblendersTask`."""
 
     network = Field[str](
@@ -96,13 +115,6 @@ class CompareDeblendersConfig(PipelineTaskConfig, pipelineConnections=CompareDeb
     )
     runSep = Field[bool](
         doc="Compare with SExtractor's detection and deblending, which sep is run for.", default=True
-    )
-    radius = RangeField(
-        dtype=float,
-        doc="Largest distance of matched objects, pixel.",
-        default=3.0,
-        min=0.0,
-        inclusiveMin=False,
     )
 
     def validate(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lsst.pipe.base.connectionTypes as cT
-from lsst.pex.config import Field, RangeField
+from lsst.pex.config import Field
 from lsst.pipe.base import NoWorkFound, PipelineTask, PipelineTaskConfig, PipelineTaskConnections, Struct
 from lsst.utils.timer import timeMethod
 
@@ -26,21 +26,20 @@ from ..evaluation.comparison.entrants import from_scarlet
 from ..evaluation.comparison.measured import with_measured
 from ..evaluation.comparison.patches import Patch
 from ..evaluation.comparison.result import compare_entrants
+from .common import PATCH, PATCH_BAND
+from .compare import MatchConfig
 
 if TYPE_CHECKING:
     from lsst.afw.image import ExposureF
     from lsst.afw.table import SourceCatalog
     from lsst.pipe.base import InputQuantizedConnection, OutputQuantizedConnection, QuantumContext
 
-_PATCH = ("skymap", "tract", "patch")
-_PATCH_BAND = (*_PATCH, "band")
-
 NAMES = ("vaedeblend", "scarlet")
 
 
 class CompareFootprintDeblendersConnections(
     PipelineTaskConnections,
-    dimensions=_PATCH,
+    dimensions=PATCH,
     defaultTemplates={"coaddName": "deep", "vaeName": "vae", "scarletName": "scarlet"},
 ):
     """Inputs and outputs of `CompareFootprintDeblendersTask`."""
@@ -49,26 +48,26 @@ class CompareFootprintDeblendersConnections(
         doc="Coadds of the patch that the deblenders worked on.",
         name="{coaddName}Coadd_calexp",
         storageClass="ExposureF",
-        dimensions=_PATCH_BAND,
+        dimensions=PATCH_BAND,
         multiple=True,
     )
     vaeModels = cT.Input(
         doc="This deblender's models.",
         name="{vaeName}Coadd_scarletModelData",
         storageClass="LsstScarletModelData",
-        dimensions=_PATCH,
+        dimensions=PATCH,
     )
     scarletModels = cT.Input(
         doc="Scarlet's models.",
         name="{scarletName}Coadd_scarletModelData",
         storageClass="LsstScarletModelData",
-        dimensions=_PATCH,
+        dimensions=PATCH,
     )
     vaeMeasured = cT.Input(
         doc="Measurements of this deblender's objects.",
         name="{vaeName}Coadd_meas",
         storageClass="SourceCatalog",
-        dimensions=_PATCH_BAND,
+        dimensions=PATCH_BAND,
         multiple=True,
         minimum=0,
     )
@@ -76,7 +75,7 @@ class CompareFootprintDeblendersConnections(
         doc="Measurements of scarlet's objects.",
         name="{scarletName}Coadd_meas",
         storageClass="SourceCatalog",
-        dimensions=_PATCH_BAND,
+        dimensions=PATCH_BAND,
         multiple=True,
         minimum=0,
     )
@@ -84,19 +83,19 @@ class CompareFootprintDeblendersConnections(
         doc="Numbers that say how the deblenders' objects differ, with errors.",
         name="object_vae_compare_metrics",
         storageClass="ArrowAstropy",
-        dimensions=_PATCH,
+        dimensions=PATCH,
     )
     comparedObjects = cT.Output(
         doc="Objects of both deblenders, measured alike.",
         name="object_vae_compare_objects",
         storageClass="ArrowAstropy",
-        dimensions=_PATCH,
+        dimensions=PATCH,
     )
     metricBundle = cT.Output(
         doc="The numbers as measurements that dashboards read.",
         name="object_vae_compare_bundle",
         storageClass="MetricMeasurementBundle",
-        dimensions=_PATCH,
+        dimensions=PATCH,
     )
 
     config: CompareFootprintDeblendersConfig
@@ -108,20 +107,13 @@ class CompareFootprintDeblendersConnections(
 
 
 class CompareFootprintDeblendersConfig(
-    PipelineTaskConfig, pipelineConnections=CompareFootprintDeblendersConnections
+    PipelineTaskConfig, MatchConfig, pipelineConnections=CompareFootprintDeblendersConnections
 ):
     """Configuration of `CompareFootprintDeblendersTask`."""
 
     writeBundle = Field[bool](
         doc="Write the numbers as a MetricMeasurementBundle as well, which needs analysis_tools.",
         default=False,
-    )
-    radius = RangeField(
-        dtype=float,
-        doc="Largest distance of matched objects, pixel.",
-        default=3.0,
-        min=0.0,
-        inclusiveMin=False,
     )
 
 

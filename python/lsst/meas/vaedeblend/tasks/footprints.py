@@ -33,7 +33,7 @@ from ..adapters.afw_scene import (
     exposure_from_cells,
 )
 from ..adapters.cell_coadd import scene_from_cell_coadds, union_planes
-from .common import NoFiniteModelError, check_bands, check_quantum, network_metadata
+from .common import PATCH, PATCH_BAND, NoFiniteModelError, check_bands, check_quantum, network_metadata
 from .multiband import VaeMultibandDeblendTask
 
 if TYPE_CHECKING:
@@ -45,13 +45,9 @@ if TYPE_CHECKING:
     from lsst.pipe.base.connectionTypes import BaseInput, Output
 
 
-_PATCH = ("skymap", "tract", "patch")
-_PATCH_BAND = (*_PATCH, "band")
-
-
 class VaeDeblendFootprintsConnections(
     PipelineTaskConnections,
-    dimensions=_PATCH,
+    dimensions=PATCH,
     defaultTemplates={"inputCoaddName": "deep", "outputCoaddName": "deep"},
 ):
     """Inputs and outputs of `VaeDeblendFootprintsTask`: by name those of the task that runs scarlet."""
@@ -70,35 +66,35 @@ class VaeDeblendFootprintsConnections(
         doc="Detections, merged over bands, with their footprints.",
         name="{inputCoaddName}Coadd_mergeDet",
         storageClass="SourceCatalog",
-        dimensions=_PATCH,
+        dimensions=PATCH,
     )
     coadds = cT.Input(
         doc="Coadds of the patch, background subtracted.",
         name="{inputCoaddName}Coadd_calexp",
         storageClass="ExposureF",
         multiple=True,
-        dimensions=_PATCH_BAND,
+        dimensions=PATCH_BAND,
     )
     coadds_cell = cT.Input(
         doc="Coadds of the patch made of cells, background not subtracted.",
         name="{inputCoaddName}CoaddCell",
         storageClass="MultipleCellCoadd",
         multiple=True,
-        dimensions=_PATCH_BAND,
+        dimensions=PATCH_BAND,
     )
     backgrounds = cT.Input(
         doc="Backgrounds of the coadds made of cells.",
         name="{inputCoaddName}Coadd_calexp_background",
         storageClass="Background",
         multiple=True,
-        dimensions=_PATCH_BAND,
+        dimensions=PATCH_BAND,
     )
     coadds_future = cT.Input(
         doc="Coadds of the patch made of cells, background subtracted.",
         name="{inputCoaddName}_coadd",
         storageClass="CellCoadd",
         multiple=True,
-        dimensions=_PATCH_BAND,
+        dimensions=PATCH_BAND,
     )
     outputSchema = cT.InitOutput(
         doc="Schema of the objects.",
@@ -109,19 +105,19 @@ class VaeDeblendFootprintsConnections(
         doc="Objects: isolated sources, and what blends were split into.",
         name="{outputCoaddName}Coadd_deblendedCatalog",
         storageClass="SourceCatalog",
-        dimensions=_PATCH,
+        dimensions=PATCH,
     )
     scarletModelData = cT.Output(
         doc="Models of the objects from blends.",
         name="{outputCoaddName}Coadd_scarletModelData",
         storageClass="LsstScarletModelData",
-        dimensions=_PATCH,
+        dimensions=PATCH,
     )
     objectParents = cT.Output(
         doc="The merged detections, and what became of them.",
         name="object_parent_patch",
         storageClass="SourceCatalog",
-        dimensions=_PATCH,
+        dimensions=PATCH,
     )
 
     config: VaeDeblendFootprintsConfig
